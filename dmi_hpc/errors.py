@@ -1,0 +1,71 @@
+"""Every error that a user or a search can meet.
+
+``DMIError`` (a ``ValueError``) is for the user: its message says what was found, what was expected
+and what to do; the command line prints it without a traceback and exits with ``EXIT_USER_ERROR``.
+``TrialFailure`` is for the search: a typed reason why one network got no fitness; never fatal.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+EXIT_OK = 0
+EXIT_USER_ERROR = 2
+# EX_TEMPFAIL of sysexits.h: state is saved, the same command with --resume continues.
+EXIT_INTERRUPTED = 75
+
+FailureKind = Literal["invalid", "memory", "nan", "timeout", "exception", "lost"]
+
+
+class DMIError(ValueError):
+    """Something the user can mend: found / expected / what to do."""
+
+
+class RecipeError(DMIError):
+    """A recipe key is unknown, mistyped or out of range."""
+
+
+class DataError(DMIError):
+    """A data set is missing, incomplete, corrupt, or not what the task expects."""
+
+
+class CorruptShardError(DataError):
+    """A shard's bytes are not the ones that were committed."""
+
+
+class FormatVersionError(DataError):
+    """A file was written by a newer version of its format than this one can read."""
+
+
+class RunError(DMIError):
+    """A run folder holds something else than what was asked for."""
+
+
+class NetworkError(DMIError):
+    """A network specification that cannot be built; names the layer."""
+
+
+class CheckpointError(DMIError):
+    """A checkpoint is missing, torn, or belongs to another network."""
+
+
+class LaunchError(DMIError):
+    """The ranks of a job contradict each other or cannot be started."""
+
+
+class Interrupted(Exception):
+    """A signal or deadline was obeyed: state is on disk, resume continues. Exit code 75."""
+
+
+class TrialFailure(Exception):
+    """One network got no fitness, and why.
+
+    kind: ``invalid`` cannot be built; ``memory`` does not fit; ``nan`` loss not finite;
+    ``timeout`` over its time limit; ``exception`` user code raised; ``lost`` its process died.
+    """
+
+    def __init__(self, kind: FailureKind, message: str, traceback: str = "") -> None:
+        super().__init__(message)
+        self.kind: FailureKind = kind
+        self.message = message
+        self.traceback = traceback

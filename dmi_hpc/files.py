@@ -1,0 +1,125 @@
+"""Files that are never half-written: temp, fsync, rename; and append-only JSON lines.
+
+A reader sees the old content or the new one, whatever is killed when.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TEMP_PREFIX = ".tmp-"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _temp_beside(path: Path) -> Path:
+    return path.with_name(f"{TEMP_PREFIX}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`.
+
+    On any error the temporary file is removed and `path` is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = _temp_beside(path)
+    try:
+        yield temp
+        with temp.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temp.replace(path)
+        fsync_folder(path.parent)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder; on success fsync all files in it and rename it to `path`.
+
+    An existing `path` is replaced. On error nothing of the temporary folder is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = _temp_beside(path)
+    temp.mkdir()
+    try:
+        yield temp
+        for file in temp.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+        fsync_folder(temp)
+        if path.exists():
+            old = _temp_beside(path)
+            path.rename(old)
+            temp.rename(path)
+            shutil.rmtree(old)
+        else:
+            temp.rename(path)
+        fsync_folder(path.parent)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically replace `path` by `text` (UTF-8)."""
+    with atomic_file(path) as temp:
+        temp.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically replace `path` by `value` as indented JSON."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def append_json_line(path: Path, record: Mapping[str, Any], *, durable: bool = False) -> None:
+    """Append one record in a single write; `durable` also waits for the disk.
+
+    A tail torn by an earlier crash is closed first, so that it can only ever cost itself.
+    """
+    line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        os.write(handle, line)
+        if durable:
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole records of an append-only file, in order; a torn line is skipped.
+
+    A missing file has no records.
+    """
+    if not path.exists():
+        return []
+    records: list[dict[str, Any]] = []
+    for line in path.read_bytes().split(b"\n"):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # torn by a crash while it was appended
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records

@@ -1,0 +1,1 @@
+"""Networks as plain data: specification, cost, search space; and their modules."""

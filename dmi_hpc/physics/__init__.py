@@ -1,0 +1,1 @@
+"""Solvers and generators that make real training data, each verified against exact solutions."""

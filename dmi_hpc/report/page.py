@@ -1,0 +1,259 @@
+"""The page: what to say about a run, rendered by ``template.html.j2`` with everything escaped."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from dmi_hpc.models.cost import cost
+from dmi_hpc.models.spec import NetworkSpec
+from dmi_hpc.report import diagrams, figures
+from dmi_hpc.report.collect import Evaluation, Method, Predictions, Run
+from dmi_hpc.report.evaluations import Search, Trial, changes, lineage
+from dmi_hpc.report.formatting import MISSING, compact, duration, number
+
+# (stage, command that runs it)
+STAGES = {
+    "data": "dmi data",
+    "search": "dmi search",
+    "training": "dmi train",
+    "evaluation": "dmi evaluate",
+}
+WORST_SHOWN = 8
+LINEAGE_SHOWN = 12
+CHANGES_SHOWN = 5
+_NBSP = "\N{NO-BREAK SPACE}"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number that matters, with what it is."""
+
+    value: str
+    caption: str
+
+
+def render(run: Run) -> str:
+    """The whole page as HTML text; depends on nothing but `run`."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        number=number, compact=compact, duration=duration, plain=plain, shape=diagrams.shape_text
+    )
+    template = resources.files(__package__).joinpath("template.html.j2").read_text("utf-8")
+    context = {
+        "run": run,
+        "headline": headline(run),
+        "tiles": _tiles(run),
+        "missing": missing_stages(run),
+        "light": figures.LIGHT,
+        "dark": figures.DARK,
+        "recipe": json.dumps(run.info.recipe, indent=2, ensure_ascii=False),
+        **_result(run),
+        **_training(run),
+        **_search(run),
+        **_network(run),
+        "pictures": [
+            (picture.caption, base64.b64encode(picture.png).decode()) for picture in run.gallery
+        ],
+    }
+    return environment.from_string(template).render(context)
+
+
+def missing_stages(run: Run) -> list[tuple[str, str]]:
+    """Stages without output in the run folder, with the command that runs each."""
+    present = {
+        "data": run.data,
+        "search": run.search,
+        "training": run.training,
+        "evaluation": run.evaluation,
+    }
+    return [(stage, command) for stage, command in STAGES.items() if present[stage] is None]
+
+
+def headline(run: Run) -> str:
+    """The result of the run in one sentence, whatever stage it has reached."""
+    if run.evaluation is not None:
+        return _evaluation_headline(run.evaluation)
+    if run.training is not None and run.training.epochs:
+        known = [e.validation_loss for e in run.training.epochs if e.validation_loss is not None]
+        best = f", best validation loss {number(min(known), 4)}" if known else ""
+        return f"Trained for {len(run.training.epochs)} epochs{best}; not evaluated yet."
+    if run.search is not None and run.search.best is not None:
+        best_trial = run.search.best
+        return (
+            f"Best of {len(run.search.finished):,} evaluated networks so far: number "
+            f"{best_trial.id}, fitness {number(best_trial.fitness, 4)}; not trained in full yet."
+        )
+    if run.search is not None and run.search.failed:
+        return f"No evaluation has succeeded: all {len(run.search.failed)} finished ones failed."
+    if run.search is not None:
+        return "The search has not finished any evaluation yet."
+    if run.data is not None:
+        return f"A data set of {run.data.rows:,} rows; no network has been trained on it yet."
+    return "Nothing has been run yet."
+
+
+def _evaluation_headline(evaluation: Evaluation) -> str:
+    network, unit = evaluation.network, evaluation.unit
+    percent = f" ({number(network.mae_percent)}{_NBSP}%)" if network.mae_percent is not None else ""
+    text = (
+        f"{network.label} predicts {evaluation.quantity} of {evaluation.rows:,} unseen "
+        f"{evaluation.split} rows with a mean absolute error of "
+        f"{number(network.mae)}{_NBSP}{unit}{percent}"
+    )
+    if not evaluation.baselines:
+        return text + "."
+    best = min(evaluation.baselines, key=lambda method: method.mae)
+    first = evaluation.baselines[0]
+    text += f": {_ratio(network, first, unit)}"
+    if best is not first:
+        text += f", and {_ratio(network, best, unit, 'the best baseline, ')}"
+    return text + "."
+
+
+def _ratio(network: Method, other: Method, unit: str, prefix: str = "") -> str:
+    named = f"{prefix}{other.label} ({number(other.mae)}{_NBSP}{unit})"
+    if network.mae <= 0 or other.mae <= 0:
+        return f"against {named}"
+    if network.mae <= other.mae:
+        return f"{number(other.mae / network.mae, 2)} times smaller than {named}"
+    return f"{number(network.mae / other.mae, 2)} times larger than {named}"
+
+
+def _tiles(run: Run) -> list[Tile]:
+    tiles = []
+    if run.evaluation is not None:
+        network = run.evaluation.network
+        tiles.append(Tile(f"{number(network.mae)} {run.evaluation.unit}", "test MAE"))
+        if network.r2 is not None:
+            tiles.append(Tile(number(network.r2, 4), "R² on the test split"))
+    if run.data is not None:
+        tiles.append(Tile(f"{run.data.rows:,}", "rows of data"))
+    if run.search is not None:
+        tiles.append(Tile(f"{len(run.search.finished):,}", "networks evaluated"))
+        if run.search.utilisation is not None:
+            tiles.append(Tile(f"{100 * run.search.utilisation:.0f} %", "workers busy"))
+    spec = network_of(run)
+    if spec is not None:
+        tiles.append(Tile(compact(cost(spec).parameters), "weights of the network"))
+    return tiles
+
+
+def network_of(run: Run) -> NetworkSpec | None:
+    """The network that was trained, else the winner of the search."""
+    if run.training is not None and run.training.network is not None:
+        return run.training.network
+    return run.winner.network if run.winner is not None else None
+
+
+def _result(run: Run) -> dict[str, Any]:
+    """Parity plot, error histogram and the worst rows: what the predictions show."""
+    evaluation, predictions = run.evaluation, run.predictions
+    if evaluation is None or predictions is None or not predictions.truth:
+        return {"parity": None}
+    baselines = [method for method in evaluation.baselines if method.name in predictions.methods]
+    best = min(baselines, key=lambda method: method.mae, default=None)
+    shown = [(m.name, m.label) for m in (evaluation.network, best) if m is not None]
+    quantity = f"{evaluation.quantity} / {evaluation.unit}"
+    errors = np.abs(np.subtract(predictions.methods["network"], predictions.truth))
+    return {
+        "parity": Markup(figures.parity(predictions, shown, quantity)),
+        "histogram": Markup(figures.error_histogram(predictions, shown, quantity)),
+        "quantiles": [(share, float(np.quantile(errors, share / 100))) for share in (50, 90, 99)],
+        "worst": _worst(predictions, errors),
+    }
+
+
+def _worst(predictions: Predictions, errors: np.ndarray) -> list[tuple[str, str, float, float]]:
+    order = np.argsort(-errors, kind="stable")[:WORST_SHOWN]
+    network = predictions.methods["network"]
+    return [
+        (predictions.rows[i], predictions.labels[i], predictions.truth[i], network[i])
+        for i in order.tolist()
+    ]
+
+
+def _training(run: Run) -> dict[str, Any]:
+    if run.training is None or not run.training.epochs:
+        return {"learning": None}
+    epochs = run.training.epochs
+    best = run.training.status.best_epoch if run.training.status else None
+    rates = [epoch.samples_per_s for epoch in epochs if epoch.samples_per_s is not None]
+    return {
+        "learning": Markup(figures.learning_curves(epochs, best)),
+        "training_seconds": sum(epoch.seconds or 0.0 for epoch in epochs),
+        "training_rate": float(np.median(rates)) if rates else None,
+    }
+
+
+def _search(run: Run) -> dict[str, Any]:
+    search = run.search
+    if search is None or not search.trials:
+        return {"progress": None, "size_figure": None, "genealogy": None}
+    winner = run.winner.id if run.winner else (search.best.id if search.best else None)
+    sized = any(trial.parameters for trial in search.finished)
+    born = winner is not None and winner in search.trials
+    return {
+        "progress": Markup(figures.search_progress(search)) if search.elapsed else None,
+        "size_figure": Markup(figures.size_against_fitness(search, winner)) if sized else None,
+        "genealogy": Markup(diagrams.genealogy(search, winner))
+        if born and winner is not None
+        else None,
+        "winner_id": winner,
+        "steps": _steps(search, winner) if born and winner is not None else [],
+    }
+
+
+def _steps(search: Search, winner: int) -> list[tuple[Trial, str]]:
+    """The winner's line of descent with what each generation changed, the newest last."""
+    line = lineage(search, winner)
+    steps = []
+    for before, after in zip([None, *line], line, strict=False):
+        if before is None:
+            steps.append((after, "start of the line"))
+            continue
+        found = changes(before.genome, after.genome)
+        more = len(found) - CHANGES_SHOWN
+        shown = found[:CHANGES_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+        steps.append((after, "; ".join(shown) or MISSING))
+    return steps[-LINEAGE_SHOWN:]
+
+
+def _network(run: Run) -> dict[str, Any]:
+    spec = network_of(run)
+    if spec is None:
+        return {"network": None}
+    return {
+        "network": Markup(diagrams.network_drawing(spec)),
+        "blocks": diagrams.blocks(spec),
+        "cost": cost(spec),
+        "evolved": run.winner is not None and run.winner.network == spec,
+    }
+
+
+def plain(value: Any) -> str:
+    """Any JSON value in one line: numbers short, mappings as ``key: value``."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        text = f"{value:.5g}" if isinstance(value, float) else str(value)
+        return number(value, 3) if "e" in text or "n" in text else text
+    if isinstance(value, Mapping | list | tuple) and not value:
+        return "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {plain(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(item) for item in value)
+    return str(value)

@@ -1,0 +1,36 @@
+"""Published systems as tasks. A task is looked up by name, or as "module:Class" of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from dmi_hpc.config import parse
+from dmi_hpc.errors import RecipeError
+from dmi_hpc.tasks.base import Task
+
+TASKS: dict[str, str] = {
+    "elemnet": "dmi_hpc.tasks.elemnet:ElemNet",
+    "homogenization": "dmi_hpc.tasks.homogenization:Homogenization",
+}
+
+
+def make_task(table: Mapping[str, Any]) -> Task:
+    """The task of a recipe's [task] table, its options checked. Raises RecipeError."""
+    options = {k: v for k, v in table.items() if k != "name"}
+    name = str(table["name"])
+    target = TASKS.get(name, name)
+    module_name, _, class_name = target.partition(":")
+    if not class_name:
+        raise RecipeError(
+            f"task.name: found '{name}', expected one of {', '.join(sorted(TASKS))}, "
+            "or 'module:Class' of your own task"
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"task.name '{name}': {error}. Is its folder on PYTHONPATH?") from error
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise RecipeError(f"task.name '{name}': expected a subclass of dmi_hpc.tasks.base.Task")
+    return found(name, parse(found.Options, options, where="task"))

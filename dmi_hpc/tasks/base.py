@@ -1,0 +1,144 @@
+"""What a published system must say to run on this machine.
+
+A task is four things: a data source, a model space with the published network in it, metrics in
+field units, and baselines to beat. Trainer, search, evaluation and report know nothing else of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from dmi_hpc.config import Config, DataConfig
+from dmi_hpc.data.build import Communicator
+from dmi_hpc.data.manifest import Manifest
+from dmi_hpc.errors import DataError
+from dmi_hpc.models.space import SearchSpace
+from dmi_hpc.models.spec import NetworkSpec
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Fields = Mapping[str, Array]
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """The predicted quantity, in the field's own unit."""
+
+    name: str
+    unit: str
+    transform: Literal["identity", "log"] = "identity"  # log: positive with a wide range
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of the literature, shown beside ours and never mixed with it."""
+
+    label: str
+    mae: float
+    mae_percent: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A non-deep method: `predict(train fields, train target, test fields)` -> (n,) field units."""
+
+    name: str
+    label: str
+    predict: Callable[[Fields, Array, Fields], Array]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture for the report: PNG bytes and its caption."""
+
+    name: str
+    caption: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """How and by whom a data set is built."""
+
+    config: DataConfig
+    seed: int
+    communicator: Communicator
+    processes: int  # of this rank
+    progress: Progress
+
+
+class Task(ABC):
+    """Base of all tasks. `options` are the recipe's [task] keys besides the name."""
+
+    Options: ClassVar[type[Config]] = Config
+    quantity: ClassVar[Quantity]
+    input_fields: ClassVar[tuple[str, ...]]
+    target_field: ClassVar[str]
+    label_field: ClassVar[str | None] = None  # text that names a row; else its number
+
+    def __init__(self, name: str, options: Config) -> None:
+        self.name = name
+        self.options = options
+
+    def recipe_options(self) -> dict[str, Any]:
+        """The recipe's [task] table that makes this task again."""
+        return {"name": self.name, **self.options.model_dump(mode="json")}
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input of the network, channels first."""
+
+    @abstractmethod
+    def build_data(self, target: Path, context: BuildContext) -> Manifest:
+        """Make the shard set `target` from a solver; or a DataError saying how to import it."""
+
+    def rows(self) -> int | None:
+        """Number of rows that `build_data` will make, for its progress bar; None if unknown."""
+        return None
+
+    @abstractmethod
+    def inputs(self, fields: Fields) -> Array:
+        """Stored fields of n rows -> network inputs, (n, *input_shape) float32."""
+
+    def augment(self, inputs: Array, bits: Array) -> Array:
+        """Inputs changed by symmetries that leave the target alone.
+
+        bits: (n,) uint64, uniform, a pure function of seed, epoch and position of each row.
+        """
+        return inputs
+
+    def in_training(self, target: Array) -> Array:
+        """(n,) bool: rows of the train split fit to learn from. Evaluation always uses all rows."""
+        return np.ones(len(target), dtype=bool)
+
+    @abstractmethod
+    def published_network(self) -> NetworkSpec:
+        """The network of the paper; what is trained unless the recipe says otherwise."""
+
+    @abstractmethod
+    def space(self) -> SearchSpace:
+        """What a search may vary, with known good networks as founders."""
+
+    def baselines(self) -> tuple[Baseline, ...]:
+        """Methods to beat, run by us on the same split."""
+        return ()
+
+    def published(self) -> tuple[Published, ...]:
+        """Figures of the literature."""
+        return ()
+
+    def read_inputs(self, path: Path) -> tuple[list[str], dict[str, Array]]:
+        """A user's file for prediction -> (label of each row, fields)."""
+        raise DataError(f"{path}: this task cannot predict from files")
+
+    def pictures(self, fields: Fields, truth: Array, prediction: Array) -> tuple[Picture, ...]:
+        """A few examples with truth and prediction, for the report."""
+        return ()

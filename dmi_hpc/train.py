@@ -1,0 +1,318 @@
+"""The training story, top to bottom: epochs of global batches through an engine, until the
+validation error stops falling. Runs alone, over ranks, or as one trial of a search.
+
+Everything that decides the next step is in ``Counters``, the weights, the optimiser and the random
+states, so a checkpoint continues exactly: the order of samples is a pure function of their position.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from dmi_hpc import checkpoint, collectives
+from dmi_hpc.config import TrainConfig
+from dmi_hpc.data.loader import Batch, Loader
+from dmi_hpc.engine import Engine, make_engine
+from dmi_hpc.errors import Interrupted, TrialFailure
+from dmi_hpc.evaluate import predict_rows, score
+from dmi_hpc.models.build import build
+from dmi_hpc.models.spec import NetworkSpec
+from dmi_hpc.problem import Problem, random_bits
+from dmi_hpc.schedule import learning_rate
+from dmi_hpc.world import World
+
+# Ranks agree on a stop signal and on a finite loss every so many steps (one small all-reduce).
+AGREE_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to train on one problem."""
+
+    problem: Problem
+    network: NetworkSpec
+    config: TrainConfig
+    seed: int
+    world: World = field(default_factory=World)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    checkpoints: Path | None = None  # a search trial keeps none
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch brought; losses in scaled units, errors in the task's unit."""
+
+    epoch: int
+    step: int
+    samples: int
+    train_loss: float
+    validation_mae: float
+    validation_rmse: float
+    validation_r2: float
+    learning_rate: float
+    seconds: float
+    samples_per_s: float
+
+
+@dataclass
+class Counters:
+    """Progress of a training: with weights, optimiser and random states, all there is to resume."""
+
+    epoch: int = 0  # the epoch in work
+    step: int = 0  # steps done in all epochs
+    loss_sum: float = 0.0  # over the rows of the epoch in work, this rank's share
+    best_mae: float = math.inf
+    best_epoch: int = -1
+    best_step: int = -1
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a training ended."""
+
+    best_mae: float
+    best_epoch: int
+    epochs: int
+    steps: int
+    reason: str  # "all epochs" or "early stop"
+    parameters: int
+    history: tuple[Epoch, ...]
+
+
+class Observer(Protocol):
+    """Who watches a training: a terminal, a metrics file, a search."""
+
+    def on_step(self, epoch: int, step: int, steps_per_epoch: int) -> None: ...
+    def on_epoch(self, epoch: Epoch) -> None: ...
+    def should_stop(self) -> bool:
+        """True asks for a checkpoint now and an orderly end (a signal, a deadline)."""
+
+
+def fit(job: Job, observer: Observer, *, resume: bool, warn: Callable[[str], None]) -> Result:
+    """Train `job` until its epochs are done or validation stops improving.
+
+    Raises Interrupted after a checkpoint if the observer asked to stop, TrialFailure("nan") if the
+    loss is not finite, NetworkError if the network cannot be built.
+    """
+    training = _Training(job, observer)
+    try:
+        if resume:
+            training.resume(warn)
+        return training.run()
+    finally:
+        training.engine.close()
+
+
+class _Training:
+    def __init__(self, job: Job, observer: Observer) -> None:
+        self.job, self.config, self.observer = job, job.config, observer
+        torch.manual_seed(job.seed)  # the same weights on every rank
+        module = build(job.network).to(job.device)
+        self.engine: Engine = make_engine(module, job.config, job.world)
+        torch.manual_seed(job.seed + 1 + job.world.rank)  # but other dropout masks
+        self.loader = Loader(
+            job.problem.shards,
+            job.problem.train_rows,
+            job.problem.fields,
+            batch_size=job.config.batch_size,
+            seed=job.seed,
+            rank=job.world.rank,
+            size=job.world.size,
+            shuffle=True,
+        )
+        self.counters = Counters()
+        self.history: list[Epoch] = []
+        # summed on the device: reading it each step would make a GPU wait
+        self._loss = torch.zeros((), dtype=torch.float64, device=job.device)
+
+    @property
+    def total_steps(self) -> int:
+        return self.loader.steps_per_epoch * self.config.epochs
+
+    def run(self) -> Result:
+        reason = "all epochs"
+        while self.counters.epoch < self.config.epochs:
+            if self._patience_spent():
+                reason = "early stop"
+                break
+            self._train_epoch()
+            self._end_epoch()
+        c = self.counters
+        return Result(
+            best_mae=c.best_mae,
+            best_epoch=c.best_epoch,
+            epochs=c.epoch,
+            steps=c.step,
+            reason=reason,
+            parameters=sum(p.numel() for p in self.engine.module.parameters()),
+            history=tuple(self.history),
+        )
+
+    def _patience_spent(self) -> bool:
+        c, patience = self.counters, self.config.patience
+        return patience is not None and c.epoch - 1 - c.best_epoch >= patience
+
+    def _train_epoch(self) -> None:
+        c, started = self.counters, time.perf_counter()
+        first = c.step - c.epoch * self.loader.steps_per_epoch
+        self.engine.module.train()
+        for batch in self.loader.epoch(c.epoch, first):
+            self._loss += self._step(batch)
+            c.step += 1
+            if c.step % AGREE_EVERY == 0:
+                self._agree()
+            self.observer.on_step(c.epoch, batch.step + 1, self.loader.steps_per_epoch)
+        self._agree()
+        self._seconds = time.perf_counter() - started
+        self._rows_seen = max(0, len(self.loader.rows) - first * self.config.batch_size)
+
+    def _step(self, batch: Batch) -> torch.Tensor:
+        """One update; returns this rank's summed loss over its rows, still on the device."""
+        inputs, targets, weights = self._tensors(batch)
+        rate = learning_rate(self.config, (self.counters.step + 1) / self.total_steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        per_row = _loss(self.config, self.engine(inputs).squeeze(1), targets)
+        summed = (per_row * weights).sum()
+        # engines average over ranks: rows of a ragged last batch still weigh the same
+        rows = min(
+            self.config.batch_size, len(self.loader.rows) - batch.step * self.config.batch_size
+        )
+        self.engine.update(summed * (self.job.world.size / rows))
+        return summed.detach()
+
+    def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        task, problem = self.job.problem.task, self.job.problem
+        inputs = task.inputs(batch.fields)
+        if self.config.augment:
+            bits = random_bits(self.job.seed, self.counters.epoch, batch.positions)
+            inputs = task.augment(inputs, bits)
+        targets, weights = problem.scale.scale(problem.target(batch.fields)), batch.weights
+        if len(targets) == 1:
+            # batch normalisation needs two rows: the row stands twice, the second time weightless
+            inputs, targets = np.repeat(inputs, 2, axis=0), np.repeat(targets, 2)
+            weights = np.append(weights, np.float32(0))
+        inputs_, targets_, weights_ = (
+            torch.from_numpy(np.ascontiguousarray(a)).to(self.job.device, non_blocking=True)
+            for a in (inputs, targets, weights)
+        )
+        return inputs_, targets_, weights_
+
+    def _agree(self) -> None:
+        """All ranks together: fail on a loss that is not finite, stop when one was asked to."""
+        c = self.counters
+        c.loss_sum += float(self._loss)
+        self._loss.zero_()
+        shared = collectives.sum_(
+            torch.tensor(
+                [c.loss_sum, float(self.observer.should_stop())],
+                dtype=torch.float64,
+                device=self.job.device,
+            )
+        )
+        if not math.isfinite(float(shared[0])):
+            raise TrialFailure(
+                "nan", f"loss is {float(shared[0])} at epoch {c.epoch} step {c.step}"
+            )
+        if float(shared[1]) > 0:
+            self._save({})
+            raise Interrupted(f"stopped at epoch {c.epoch}, step {c.step}")
+
+    def _end_epoch(self) -> None:
+        c, job = self.counters, self.job
+        # batch-norm statistics differ by rank: all evaluate and save rank 0's
+        collectives.from_first_(self.engine.module.buffers())
+        rows = job.problem.shards.rows("validation")
+        predicted, truth = predict_rows(
+            job.problem, self.engine.module, rows, job.config.batch_size, job.world
+        )
+        scores = score(predicted, truth)
+        if not math.isfinite(scores.mae):
+            raise TrialFailure("nan", f"validation error is {scores.mae} after epoch {c.epoch}")
+        loss = float(
+            collectives.sum_(torch.tensor(c.loss_sum, dtype=torch.float64, device=job.device))
+        )
+        epoch = Epoch(
+            epoch=c.epoch,
+            step=c.step,
+            samples=c.epoch * len(self.loader.rows) + len(self.loader.rows),
+            train_loss=loss / len(self.loader.rows),
+            validation_mae=scores.mae,
+            validation_rmse=scores.rmse,
+            validation_r2=scores.r2,
+            learning_rate=learning_rate(self.config, c.step / self.total_steps),
+            seconds=self._seconds,
+            samples_per_s=self._rows_seen / self._seconds,
+        )
+        if scores.mae < c.best_mae:
+            c.best_mae, c.best_epoch, c.best_step = scores.mae, c.epoch, c.step
+        c.epoch, c.loss_sum = c.epoch + 1, 0.0
+        self.history.append(epoch)
+        self._save({"validation_mae": scores.mae, "validation_rmse": scores.rmse})
+        self.observer.on_epoch(epoch)
+
+    def _save(self, metrics: dict[str, float]) -> None:
+        """Checkpoint at this step, by rank 0; every rank gives its random state and loss share."""
+        job, folder = self.job, self.job.checkpoints
+        if folder is None:
+            return
+        ranks = collectives.gather_objects(
+            {"random": torch.get_rng_state(), "loss_sum": self.counters.loss_sum}
+        )
+        if job.world.is_first:
+            meta = checkpoint.Meta(
+                step=self.counters.step,
+                epoch=self.counters.epoch,
+                network=job.network,
+                scale=job.problem.scale,
+                task=job.problem.task.recipe_options(),
+                metrics=metrics,
+            )
+            state: dict[str, Any] = {
+                "counters": asdict(self.counters),
+                "optimizer": self.engine.optimizer.state_dict(),
+                "ranks": ranks,
+            }
+            checkpoint.save(folder, meta, self.engine.module.state_dict(), state)
+            best = folder / f"step-{self.counters.best_step:08d}"
+            checkpoint.prune(folder, job.config.keep_checkpoints, best)
+        collectives.barrier()
+
+    def resume(self, warn: Callable[[str], None]) -> None:
+        """Continue from the newest whole checkpoint, if there is one."""
+        folder = self.job.checkpoints
+        found = checkpoint.latest(folder, warn) if folder is not None else None
+        if found is None:
+            return
+        state = checkpoint.load_state(found)
+        checkpoint.load_weights(found, self.engine.module)
+        self.engine.optimizer.load_state_dict(state["optimizer"])
+        self.counters = Counters(**state["counters"])
+        ranks, world = state["ranks"], self.job.world
+        if len(ranks) == world.size:
+            torch.set_rng_state(ranks[world.rank]["random"])
+            self.counters.loss_sum = ranks[world.rank]["loss_sum"]
+        else:
+            warn(f"checkpoint of {len(ranks)} ranks continued on {world.size}: other dropout masks")
+            total = sum(rank["loss_sum"] for rank in ranks)
+            self.counters.loss_sum = total if world.is_first else 0.0
+
+
+def _loss(config: TrainConfig, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Loss of each row, scaled units."""
+    match config.loss:
+        case "mse":
+            return functional.mse_loss(output, target, reduction="none")
+        case "mae":
+            return functional.l1_loss(output, target, reduction="none")
+        case "huber":
+            return functional.huber_loss(output, target, reduction="none")

@@ -1,0 +1,121 @@
+"""READ FIRST: starts the ranks of a job on this machine and stands by them until all have ended.
+
+The local twin of what MPI and Slurm will do: the same environment for every rank, the first failure
+ends the others, signals are passed on. Only processes started here are ever ended.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+
+from dmi_hpc import knobs
+from dmi_hpc.errors import EXIT_INTERRUPTED, LaunchError
+from dmi_hpc.watch import StopFlag, stop_on_signals
+
+GRACE_S = 30.0  # for a checkpoint after a signal, before a rank is killed
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Job:
+    """A `dmi` command line to run as `ranks` processes; `logs` receives what ranks > 0 print."""
+
+    arguments: tuple[str, ...]
+    ranks: int
+    logs: Path
+
+
+def rank_environment(job: Job, rank: int, rendezvous: str) -> dict[str, str]:
+    """What one rank finds in its environment, besides the launcher's own."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(job.ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(job.ranks),
+        "GROUP_RANK": "0",
+        knobs.RENDEZVOUS: rendezvous,
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // job.ranks)),
+    }
+
+
+def command_line(arguments: Sequence[str]) -> list[str]:
+    """`dmi` by this very interpreter, its working folder kept off the import path."""
+    return [sys.executable, "-P", "-m", "dmi_hpc", *arguments]
+
+
+def run(job: Job) -> None:
+    """Run `job` to its end.
+
+    Raises LaunchError naming the rank that failed and the end of its log, and
+    SystemExit(75) if the job was stopped by a signal after saving its state.
+    """
+    job.logs.mkdir(parents=True, exist_ok=True)
+    folder = Path(mkdtemp(prefix="dmi-job-"))
+    try:
+        with stop_on_signals() as stop:
+            processes = [_start(job, rank, f"file://{folder}/store") for rank in range(job.ranks)]
+            try:
+                codes = _wait(processes, stop)
+            finally:
+                _end(processes, signal.SIGKILL)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    failed = [rank for rank, code in enumerate(codes) if code not in (0, EXIT_INTERRUPTED)]
+    if failed:
+        raise LaunchError(_explain(job, failed[0], codes[failed[0]]))
+    if EXIT_INTERRUPTED in codes:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _start(job: Job, rank: int, rendezvous: str) -> subprocess.Popen[bytes]:
+    own: Mapping[str, str] = rank_environment(job, rank, rendezvous) if job.ranks > 1 else {}
+    environment = {**os.environ, **own}
+    command = command_line(job.arguments)
+    # own session: a Ctrl-C of the terminal reaches the launcher alone, which passes it on once
+    if rank == 0:
+        return subprocess.Popen(command, env=environment, start_new_session=True)
+    with (job.logs / f"rank-{rank}.log").open("ab") as log:
+        return subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], stop: StopFlag) -> list[int]:
+    """Exit codes once all have ended. A failed rank, or a signal, ends the rest in good time."""
+    deadline: float | None = None
+    while any(process.poll() is None for process in processes):
+        failed = any(p.returncode not in (None, 0, EXIT_INTERRUPTED) for p in processes)
+        if (stop or failed) and deadline is None:
+            deadline = time.monotonic() + GRACE_S
+            _end(processes, signal.SIGTERM)
+        if deadline is not None and time.monotonic() > deadline:
+            _end(processes, signal.SIGKILL)
+        time.sleep(POLL_S)
+    return [int(process.returncode) for process in processes]
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+            if number == signal.SIGKILL:
+                process.wait()
+
+
+def _explain(job: Job, rank: int, code: int) -> str:
+    command = "dmi " + " ".join(job.arguments)
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    log = job.logs / f"rank-{rank}.log"
+    tail = ""
+    if rank > 0 and log.exists():
+        tail = f"; the end of {log}:\n" + "\n".join(log.read_text().splitlines()[-15:])
+    return f"'{command}': rank {rank} of {job.ranks} {how}{tail}"

@@ -1,0 +1,120 @@
+"""``dmi search``: from a recipe to winner.json."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from dmi_hpc.cli.options import Out, RecipeFile, Resume, new_app, run_of
+from dmi_hpc.config import SearchConfig
+from dmi_hpc.data.shards import ShardSet
+from dmi_hpc.errors import DataError, Interrupted, RunError
+from dmi_hpc.run import Run, record_command
+from dmi_hpc.watch import StopFlag, console, progress_bar, say, stop_on_signals
+from search.driver import Driver, exclusive
+from search.environment import ray_environment
+
+app = new_app()
+
+SHOW_EVERY_S = 0.5
+
+
+@app.command()
+def search(recipe: RecipeFile, out: Out = None, resume: Resume = False) -> None:
+    """Search the task's space for the network with the lowest validation error.
+
+    Every evaluation is in RUN/search/journal.jsonl; after an interruption of any kind, --resume
+    continues and repeats none that had finished.
+    """
+    run = run_of(recipe, out)
+    if (run.search / "journal.jsonl").exists() and not resume:
+        raise RunError(
+            f"{run.search}: a search is here already; --resume continues it, or choose another --out"
+        )
+    if not (run.data / "manifest.json").exists():
+        raise DataError(f"{run.data}: no data set. First: dmi data build RECIPE --out {run.folder}")
+    ShardSet.open(run.data, verify=True).close()
+    record_command(run)
+    with exclusive(run.search), stop_on_signals() as stop:
+        _search(run, stop)
+
+
+def workers_of(search: SearchConfig) -> int:
+    """Trials at once: as the recipe says, or one per GPU, or as many as the cores hold."""
+    if search.workers != "auto":
+        return search.workers
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return gpus or max(1, len(os.sched_getaffinity(0)) // search.trial_threads)
+
+
+def _search(run: Run, stop: StopFlag) -> None:
+    from dmi_hpc.tasks import make_task
+
+    task = make_task(run.recipe.task)
+    driver = Driver(run.recipe, task.space(), run.search, workers=workers_of(run.recipe.search))
+    if not driver.done:
+        _run(run, driver, task.quantity.unit, stop)
+    if not driver.done:
+        raise Interrupted(f"{driver.progress.finished} of {driver.progress.budget} evaluations")
+    path = driver.write_winner()
+    best = driver.evolution.best()
+    assert best is not None  # write_winner has refused otherwise
+    failed = sum(driver.progress.failures.values())
+    say(
+        f"{driver.progress.finished} evaluations ({failed} failed): best validation MAE "
+        f"{best[1]:.4g} {task.quantity.unit} by network {best[0]}, in {path}"
+    )
+
+
+def _run(run: Run, driver: Driver, unit: str, stop: StopFlag) -> None:
+    display, data = _Display(driver, unit), run.data.resolve()
+    # Ray puts the working folder on its workers' import path: a user's own search.py would win
+    os.chdir(run.search)
+    with ray_environment() as folder:
+        from search.tune import TrialContext, cluster, run_trials
+
+        with cluster(driver.progress.workers, run.recipe.search.trial_threads, folder), display:
+            run_trials(driver, TrialContext(run.recipe, data), display.show, lambda: bool(stop))
+
+
+class _Display:
+    """One line of progress: a bar on a terminal, else ten lines in all."""
+
+    def __init__(self, driver: Driver, unit: str) -> None:
+        self._driver, self._unit, self._out = driver, unit, console()
+        self._bar = progress_bar(self._out)
+        self._line = self._bar.add_task("search", total=driver.progress.budget, note="")
+        self._shown_at, self._printed = 0.0, 0
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._shown_at = 0.0
+        self.show()
+        self._bar.stop()
+
+    def note(self) -> str:
+        """running, failed, best so far, worker utilisation, time left."""
+        p, best = self._driver.progress, self._driver.evolution.best()
+        parts = [f"{p.running} running", f"{sum(p.failures.values())} failed"]
+        if best is not None:
+            parts.append(f"best {best[1]:.4g} {self._unit}")
+        parts.append(f"workers {100 * p.utilisation:.0f} % busy")
+        if p.remaining_s is not None:
+            parts.append(f"{p.remaining_s:.0f} s left")
+        return ", ".join(parts)
+
+    def show(self) -> None:
+        now, p = time.monotonic(), self._driver.progress
+        if now - self._shown_at < SHOW_EVERY_S:
+            return
+        self._shown_at = now
+        self._bar.update(self._line, completed=p.finished, note=self.note())
+        tenth = max(1, p.budget // 10)
+        if not self._out.is_terminal and p.finished // tenth > self._printed:
+            self._printed = p.finished // tenth
+            self._out.print(f"search {p.finished}/{p.budget}  {self.note()}")

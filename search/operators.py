@@ -1,0 +1,197 @@
+"""Crossover and mutations: plain callables from parents to one valid child in canonical form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import exp, log
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dmi_hpc.models.space import Choice, HyperValue, NetworkSpace, Parameter, SearchSpace
+from search.genome import ConvGene, DenseGene, Genome
+from search.space import pick, position_of, random_conv, random_dense, repair
+
+Operator = Callable[[Sequence[Genome], SearchSpace, np.random.Generator], Genome]
+T = TypeVar("T")
+G = TypeVar("G", bound=ConvGene | DenseGene)
+
+# shares of the kinds of mutation; parametric has the rest
+STRUCTURAL_SHARE = 0.3
+READOUT_SHARE = 0.05
+# chance that a parametric mutation changes one more gene, and that a step goes one choice further
+AGAIN = 0.4
+FURTHER = 0.25
+
+
+def crossover(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Generator) -> Genome:
+    """Blocks of two parents mixed position by position, hyper-parameters one by one.
+
+    Convolutions are aligned at the input and dense blocks at the output, where they have like
+    parts; the child has the depth of one of the parents.
+    """
+    first, second = parents
+    dense = _mixed(first.dense[::-1], second.dense[::-1], rng)[::-1]
+    hyper = tuple(pick(pair, rng) for pair in zip(first.hyper, second.hyper, strict=True))
+    readout = pick((first.readout, second.readout), rng)
+    return repair(Genome(_mixed(first.conv, second.conv, rng), readout, dense, hyper), space)
+
+
+def _mixed(first: tuple[T, ...], second: tuple[T, ...], rng: np.random.Generator) -> tuple[T, ...]:
+    shape, other = (first, second) if rng.random() < 0.5 else (second, first)
+    return tuple(
+        other[i] if i < len(other) and rng.random() < 0.5 else block
+        for i, block in enumerate(shape)
+    )
+
+
+def mutate(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Generator) -> Genome:
+    """One of the mutations below of the only parent."""
+    kind = rng.random()
+    if kind < STRUCTURAL_SHARE:
+        return structural(parents, space, rng)
+    if kind < STRUCTURAL_SHARE + READOUT_SHARE:
+        return change_readout(parents, space, rng)
+    return parametric(parents, space, rng)
+
+
+def structural(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Generator) -> Genome:
+    """Insert, delete, duplicate or swap a block; parametric where the space has one depth of 0."""
+    (genome,) = parents
+    network = space.network
+    parts = [
+        part
+        for part, limits in (("conv", network.conv_blocks), ("dense", network.dense_blocks))
+        if limits[1] > 0
+    ]
+    if not parts:
+        return parametric(parents, space, rng)
+    if pick(parts, rng) == "conv":
+        conv = _moved(genome.conv, network.conv_blocks, random_conv(network, rng), rng)
+        return repair(replace(genome, conv=conv), space)
+    dense = _moved(genome.dense, network.dense_blocks, random_dense(network, rng), rng)
+    return repair(replace(genome, dense=dense), space)
+
+
+def _moved(
+    blocks: tuple[G, ...], limits: tuple[int, int], new: G, rng: np.random.Generator
+) -> tuple[G, ...]:
+    """`blocks` after one structural move that keeps the depth within `limits` (least, most)."""
+    depth = len(blocks)
+    grows, shrinks = depth < limits[1], depth > limits[0]
+    moves = ["insert"] * grows + ["delete"] * shrinks
+    moves += ["duplicate"] * (grows and depth > 0) + ["swap"] * (depth > 1)
+    if not moves:  # one block that must stay
+        return (new,)
+    at = int(rng.integers(depth + 1)) if depth else 0
+    inside = min(at, depth - 1)
+    match pick(moves, rng):
+        case "insert":
+            return (*blocks[:at], new, *blocks[at:])
+        case "delete":
+            return blocks[:inside] + blocks[inside + 1 :]
+        case "duplicate":
+            return (*blocks[:inside], blocks[inside], *blocks[inside:])
+        case _:
+            left = min(inside, depth - 2)
+            return (*blocks[:left], blocks[left + 1], blocks[left], *blocks[left + 2 :])
+
+
+def change_readout(
+    parents: Sequence[Genome], space: SearchSpace, rng: np.random.Generator
+) -> Genome:
+    """Another readout; parametric where there is no other one."""
+    (genome,) = parents
+    others = [r for r in space.network.readouts if r != genome.readout]
+    if genome.readout is None or not others:
+        return parametric(parents, space, rng)
+    return repair(replace(genome, readout=pick(others, rng)), space)
+
+
+def parametric(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Generator) -> Genome:
+    """Change at least one field of a block or hyper-parameter.
+
+    Ordered choices step to a neighbour, sets to another member, real numbers by a normal step (of
+    their logarithm, if they are sampled so) whose width is drawn over a decade and a half.
+    """
+    (genome,) = parents
+    conv, dense, hyper = list(genome.conv), list(genome.dense), list(genome.hyper)
+    sites = len(conv) + len(dense) + len(hyper)
+    while sites:
+        site = int(rng.random() * sites)
+        if site < len(conv):
+            conv[site] = _stepped(conv[site], _conv_fields(space.network), rng)
+        elif (site := site - len(conv)) < len(dense):
+            dense[site] = _stepped(dense[site], _dense_fields(space.network), rng)
+        else:
+            name, value = hyper[site - len(dense)]
+            hyper[site - len(dense)] = (name, step(value, space.hyper[name], rng))
+        if rng.random() >= AGAIN:
+            break
+    return repair(Genome(tuple(conv), genome.readout, tuple(dense), tuple(hyper)), space)
+
+
+_Fields = dict[str, tuple[Sequence[Any], bool]]  # name -> choices, whether they are ordered
+
+
+def _conv_fields(network: NetworkSpace) -> _Fields:
+    return {
+        "filters": (network.filters, True),
+        "kernel": (network.kernels, True),
+        "padding": (network.paddings, False),
+        "norm": (network.norms, False),
+        "activation": (network.activations, False),
+        "pool": (network.pools, False),
+        "dropout": (network.dropouts, True),
+    }
+
+
+def _dense_fields(network: NetworkSpace) -> _Fields:
+    return {
+        "units": (network.units, True),
+        "norm": (network.norms, False),
+        "activation": (network.activations, False),
+        "dropout": (network.dropouts, True),
+    }
+
+
+def _stepped(gene: G, fields: _Fields, rng: np.random.Generator) -> G:
+    open_fields = [name for name, (choices, _) in fields.items() if len(choices) > 1]
+    if not open_fields:
+        return gene
+    name = pick(open_fields, rng)
+    choices, ordered = fields[name]
+    return replace(gene, **{name: _another(getattr(gene, name), choices, ordered, rng)})
+
+
+def step(value: HyperValue, parameter: Parameter, rng: np.random.Generator) -> HyperValue:
+    """A value near `value`, inside the range or among the choices of `parameter`."""
+    if isinstance(parameter, Choice):
+        another: HyperValue = _another(value, parameter.values, parameter.ordered, rng)
+        return another
+    low, high = parameter.low, parameter.high
+    number = min(max(float(value), low), high)
+    width = 10.0 ** rng.uniform(-2.0, -0.5) * float(rng.standard_normal())
+    if parameter.log:
+        number *= exp(width * log(high / low))
+    else:
+        number += width * (high - low)
+    return min(max(number, low), high)
+
+
+def _another(value: Any, choices: Sequence[Any], ordered: bool, rng: np.random.Generator) -> Any:
+    """Another choice: a neighbour if they are ordered, else any; `value` if there is no other."""
+    others = [choice for choice in choices if choice != value]
+    if not others:
+        return value
+    if not ordered:
+        return pick(others, rng)
+    place = position_of(value, choices)
+    below = [c for i, c in enumerate(choices) if i < place][::-1]
+    above = [c for i, c in enumerate(choices) if i > place]
+    side = pick([s for s in (below, above) if s], rng)
+    distance = 0
+    while distance < len(side) - 1 and rng.random() < FURTHER:
+        distance += 1
+    return side[distance]
