@@ -40,8 +40,9 @@ $(VENV)/.made:
 
 # torch first: deepspeed looks for it while it is built
 define install
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt -e '$(1)'
+	@echo "installing $(1) into $(VENV) (the first time takes minutes)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt torch
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt -e '$(1)'
 	@touch $@
 endef
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from dmi_hpc.models.space import Choice, NetworkSpace, SearchSpace
 
+from dmi_hpc.models.space import Choice, NetworkSpace, SearchSpace
 from search.evolve import Evolution, EvolutionConfig, Failure, Outcome, Success
 from search.genome import Genome
 from search.simulate import simulate

@@ -23,7 +23,8 @@ all you need", arXiv:2107.07343.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import NamedTuple
@@ -130,6 +131,7 @@ class Evolution:
         self._next = 0
         self._hashes: set[str] = set()
         self._founders = [founder_genome(f, space, defaults or {}) for f in space.founders]
+        self._waiting = deque(self._founders)
         self._population = Population(config.population)
         self._surrogate = Surrogate(Features(space)) if config.surrogate else None
 
@@ -183,12 +185,15 @@ class Evolution:
         return structural_hash(candidate.genome, self.space) not in self._hashes
 
     def _new_founder(self) -> _Candidate | None:
-        candidates = (_Candidate(genome, "founder", ()) for genome in self._founders)
-        return next(filter(self._is_new, candidates), None)
+        while self._waiting:
+            candidate = _Candidate(self._waiting.popleft(), "founder", ())
+            if self._is_new(candidate):
+                return candidate
+        return None
 
     def _random(self, rng: np.random.Generator) -> _Candidate:
         for _ in range(RANDOM_TRIES):
-            candidate = _Candidate(random_genome(self.space, rng), "random", ())
+            candidate = self._stranger(rng)
             if self._is_new(candidate):
                 return candidate
         raise SpaceExhausted(
@@ -209,19 +214,19 @@ class Evolution:
 
     def _screened(self, surrogate: Surrogate, rng: np.random.Generator) -> _Candidate | None:
         """The new candidate that the surrogate likes best."""
-        pool = [self._candidate_maker(rng)(rng) for _ in range(self.config.pool)]
+        pool = [self._candidate(rng) for _ in range(self.config.pool)]
         order = surrogate.screen([candidate.genome for candidate in pool])
         if order is None:
             return None
         return next(filter(self._is_new, (pool[index] for index in order)), None)
 
-    def _candidate_maker(
-        self, rng: np.random.Generator
-    ) -> Callable[[np.random.Generator], _Candidate]:
+    def _candidate(self, rng: np.random.Generator) -> _Candidate:
         kind = rng.random()
         if kind < RANDOM_SHARE:
-            return self._stranger
-        return self._near_best if kind < RANDOM_SHARE + INCUMBENT_SHARE else self._child
+            return self._stranger(rng)
+        if kind < RANDOM_SHARE + INCUMBENT_SHARE:
+            return self._near_best(rng)
+        return self._child(rng)
 
     def _stranger(self, rng: np.random.Generator) -> _Candidate:
         return _Candidate(random_genome(self.space, rng), "random", ())

@@ -77,10 +77,10 @@ class Journal:
         """The first event."""
         if not self.path.exists():
             raise RunError(f"{self.path}: no journal to resume: start the search without --resume")
-        events = self.events()
-        if not events or events[0].get("event") != "header" or "version" not in events[0]:
+        first = next(iter(self.events()), {})
+        if first.get("event") != "header" or not isinstance(first.get("version"), int):
             raise RunError(f"{self.path}: the first line is not the header of a search journal")
-        return events[0]
+        return first
 
     def require(self, expected: Mapping[str, Any]) -> None:
         """Raises RunError naming what differs between this journal's search and `expected`."""

@@ -23,8 +23,8 @@ REFIT_AFTER = 4  # tells
 REFIT_SHARE = 50  # ... and at least 1/50 of what is known: the cost of a tell stays bounded
 NEWEST = 2000  # a fit costs more than the square of its points
 LEAST_FITTED = 8
-PENALTY = 1.0
-TUBE = 0.05  # of the regression, in ranks scaled to [0, 1]
+PENALTY = 3.0
+TUBE = 0.02  # of the regression, in ranks scaled to [0, 1]
 
 
 class Surrogate:

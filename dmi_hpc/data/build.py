@@ -41,7 +41,7 @@ from dmi_hpc.data.shards import recover_shard, write_shard
 from dmi_hpc.errors import DataError, DMIError
 from dmi_hpc.files import TEMP_PREFIX
 
-__all__ = ["BuildPlan", "Communicator", "MakeRows", "build"]
+__all__ = ["Alone", "BuildPlan", "Communicator", "MakeRows", "build"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 MakeRows = Callable[[Array], Mapping[str, Array]]
@@ -62,6 +62,19 @@ class Communicator(Protocol):
         """Values of all ranks in order on rank 0, None elsewhere."""
 
     def barrier(self) -> None: ...
+
+
+class Alone:
+    """The communicator of a single process."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, value: Any) -> list[Any] | None:
+        return [value]
+
+    def barrier(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ def build(
     make_rows: (n,) int64 row numbers -> {field: (n, *shape)}; a pure function, picklable if
     `processes` > 1 (then started by spawn, one thread each). It may return "split" too, (n,) uint8,
     where rows share a key; else the key of a row is its number in decimal.
-    progress: called with the rows that this rank has finished so far.
+    progress: called with the number of rows that this rank has finished since the last call.
 
     Whole shards of an interrupted build of the same plan are kept. Raises DataError: another set is
     there, disk full, make_rows failed, its values are not finite or not what the plan says.
@@ -105,8 +118,9 @@ def build(
         target.mkdir(parents=True, exist_ok=True)
         work = _Work(target, plan, fingerprint, make_rows)
         mine = range(comm.rank, plan.shard_count, comm.size)
-        parts = _inline(work, mine, progress) if processes == 1 else {}
-        if processes > 1:
+        if processes == 1:
+            parts = {shard: work.shard(shard, progress) for shard in mine}
+        else:
             parts = _in_processes(work, mine, processes, progress)
     except DMIError as problem:  # the other ranks wait for us: tell them before giving up
         error = problem
@@ -173,7 +187,7 @@ def _explain(problem: OSError, target: Path, plan: BuildPlan) -> Exception:
     if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
         return DataError(f"{target}: cannot write the data set: {problem}")
     needed = plan.rows * sum(field.row_bytes for field in plan.fields)
-    free = shutil.disk_usage(target).free
+    free = shutil.disk_usage(target if target.exists() else target.parent).free
     return DataError(
         f"{target}: no space left. The whole set needs about {needed / 1e6:.1f} MB, "
         f"{free / 1e6:.1f} MB are free here (or your quota is spent). Make room and repeat the "
@@ -253,17 +267,6 @@ def _check(field: Field, made: Mapping[str, Array], rows: int, where: str) -> No
         raise DataError(f"{where}: field 'split': expected 0, 1 or 2, found {array.max()}")
 
 
-def _inline(work: _Work, shards: range, progress: Callable[[int], None]) -> dict[int, _Part]:
-    finished = 0
-
-    def advance(rows: int) -> None:
-        nonlocal finished
-        finished += rows
-        progress(finished)
-
-    return {shard: work.shard(shard, advance) for shard in shards}
-
-
 def _in_processes(
     work: _Work, shards: range, processes: int, progress: Callable[[int], None]
 ) -> dict[int, _Part]:
@@ -275,11 +278,13 @@ def _in_processes(
         ProcessPoolExecutor(workers, context, _start_worker, (work, counter, stop)) as pool,
     ):
         futures = {shard: pool.submit(_one_shard, shard) for shard in shards}
-        waiting = set(futures.values())
+        waiting, reported = set(futures.values()), 0
         try:
             while waiting:
                 finished, waiting = wait(waiting, _POLL_S, FIRST_COMPLETED)
-                progress(counter.value)
+                made = counter.value
+                progress(made - reported)
+                reported = made
                 for future in finished:
                     future.result()
         except BrokenProcessPool as error:
@@ -289,7 +294,7 @@ def _in_processes(
             ) from error
         finally:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # waits: a worker may still be starting
     return {shard: future.result() for shard, future in futures.items()}
 
 

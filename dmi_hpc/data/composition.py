@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from pydantic import Field as Option
 
-from dmi_hpc.data.build import BuildPlan, Communicator, build
+from dmi_hpc.data.build import Alone, BuildPlan, build
 from dmi_hpc.data.elements import (
     ELEMENTS,
     element_fractions,
@@ -88,12 +88,13 @@ class Place:
 
 @dataclass(frozen=True)
 class BadLine:
-    place: Place
+    file: str
+    line: int
     formula: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.formula!r}: {self.reason}"
+        return f"{self.file}:{self.line}: {self.formula!r}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,10 @@ class DuplicateGroup:
     """Lines of one composition."""
 
     formula: str  # reduced
-    places: tuple[Place, ...]
+    lines: tuple[Place, ...]
 
     def __str__(self) -> str:
-        return f"{self.formula}: {', '.join(map(str, self.places))}"
+        return f"{self.formula}: {', '.join(map(str, self.lines))}"
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,6 @@ def import_compositions(
     files: Sequence[Path],
     target: Path,
     options: CompositionImport,
-    comm: Communicator,
 ) -> tuple[Manifest, ImportReport]:
     """Tables (CSV; .xz, .gz, .bz2 too) -> shard set `target`, and what became of each line.
 
@@ -152,7 +152,7 @@ def import_compositions(
         raise DataError(f"{', '.join(map(str, files))}: no usable line in {read}")
     arrays = _arrays([row for row, _ in kept], [split for _, split in kept])
     plan = _plan(files, options, arrays)
-    manifest = build(target, plan, _Rows(arrays), comm, 1, lambda _: None)
+    manifest = build(target, plan, _Rows(arrays), Alone(), 1, lambda _: None)
     return manifest, ImportReport(read, len(kept), tuple(bad), groups, len(rows) - len(kept))
 
 
@@ -173,7 +173,7 @@ def _read_rows(
                 key = reduced_formula(amounts)
                 rows.append(_Row(place, number, formula, amounts, key, _number(value)))
             except DataError as error:
-                bad.append(BadLine(place, formula, str(error)))
+                bad.append(BadLine(place.file, place.line, formula, str(error)))
     return rows, bad
 
 
@@ -211,7 +211,7 @@ def _records(
                     yield place, cells[formula], cells[value]
                 elif cells:  # not an empty line
                     reason = f"expected {len(columns)} cells, found {len(cells)}"
-                    bad.append(BadLine(place, ",".join(cells), reason))
+                    bad.append(BadLine(place.file, place.line, ",".join(cells), reason))
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, lzma.LZMAError) as error:
         raise DataError(f"{file}: not a readable table: {error}") from None
 

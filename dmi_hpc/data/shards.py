@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import mmap
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -48,13 +49,13 @@ def write_shard(
     """
     rows = len(arrays[fields[0].name]) if fields[0].name in arrays else 0
     stored = {field.name: _as_stored(arrays, field, rows) for field in fields}
+    offsets, pieces = _lay_out(stored, fields, fingerprint)
+    pieces |= {offsets[name]: _raw(array) for name, array in stored.items()}
     with atomic_file(path) as temp:
-        offsets = _lay_out(temp, stored, fields, fingerprint)
-        # plain writes: a full disk is an OSError here, while HDF5 may fail only when closing
-        with temp.open("rb+") as stream:
-            for name, array in stored.items():
-                stream.seek(offsets[name])
-                stream.write(_raw(array))
+        with temp.open("wb") as stream:
+            for offset in sorted(pieces):
+                assert stream.tell() == offset, "the pieces of a shard leave no gap"
+                stream.write(pieces[offset])
         size, checksum = temp.stat().st_size, file_checksum(temp)
     return ShardRecord(file=path.name, rows=rows, bytes=size, xxh3=checksum, offsets=offsets)
 
@@ -76,28 +77,40 @@ def _raw(array: Array) -> memoryview:
 
 
 def _lay_out(
-    path: Path, arrays: Mapping[str, Array], fields: Sequence[Field], fingerprint: str
-) -> dict[str, int]:
-    """A complete HDF5 file whose data are still holes; returns where they belong."""
+    arrays: Mapping[str, Array], fields: Sequence[Field], fingerprint: str
+) -> tuple[dict[str, int], dict[int, bytes | memoryview]]:
+    """Offset of each field in its shard, and all other bytes of the file by their offset.
+
+    HDF5 lays the file out in memory, where the data stay holes: on a full disk HDF5 fails with
+    errors of its own, and keeps the deleted file open.
+    """
+    offsets: dict[str, int] = {}
+    pieces: dict[int, bytes | memoryview] = {}
+    with os.fdopen(os.memfd_create("shard"), "w+b") as scratch:
+        with h5py.File(scratch, "w", alignment_threshold=1, alignment_interval=PAGE) as file:
+            _describe(file, {"format": "dmi-shard", "fingerprint": fingerprint})
+            for field in fields:
+                offsets[field.name] = _add_dataset(file, field, arrays[field.name])
+        start = 0
+        for name in sorted(offsets, key=lambda name: offsets[name]):
+            scratch.seek(start)
+            pieces[start] = scratch.read(offsets[name] - start)
+            start = offsets[name] + arrays[name].nbytes
+        scratch.seek(start)
+        pieces[start] = scratch.read()
+    return offsets, pieces
+
+
+def _add_dataset(file: h5py.File, field: Field, array: Array) -> int:
+    """An empty contiguous dataset; returns the offset of its first element."""
     early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     early.set_layout(h5py.h5d.CONTIGUOUS)
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    offsets: dict[str, int] = {}
-    with h5py.File(
-        path, "w", locking=False, alignment_threshold=1, alignment_interval=PAGE
-    ) as file:
-        _describe(file, {"format": "dmi-shard", "fingerprint": fingerprint})
-        for field in fields:
-            array = arrays[field.name]
-            data = file.create_dataset(
-                field.name, array.shape, array.dtype, dcpl=early, track_times=False
-            )
-            checksum = xxhash.xxh3_64_hexdigest(_raw(array))
-            described = {"unit": field.unit, "description": field.description, "xxh3": checksum}
-            _describe(data, described)
-            offsets[field.name] = int(data.id.get_offset())
-    return offsets
+    data = file.create_dataset(field.name, array.shape, array.dtype, dcpl=early, track_times=False)
+    checksum = xxhash.xxh3_64_hexdigest(_raw(array))
+    _describe(data, {"unit": field.unit, "description": field.description, "xxh3": checksum})
+    return int(data.id.get_offset())
 
 
 def _describe(node: Any, attributes: Mapping[str, str]) -> None:

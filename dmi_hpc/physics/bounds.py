@@ -8,7 +8,9 @@ composites only: one finite or anisotropic cell may lie outside, and a laminate 
 What every cell obeys is the same pair of bounds on the isotropic part of its stiffness tensor
 (`isotropic_part`): the trace bounds of Milton and Kohn (J. Mech. Phys. Solids 36 (1988) 597) limit
 the projections of (C - C_phase)^-1 whatever the anisotropy, and the inverse is convex. Its
-K + 4 G / 3 is C1111 averaged over all load directions.
+K + 4 G / 3 is C1111 averaged over all load directions. These are statements on the continuum: where
+single soft voxels lie in much stiff phase (white noise at contrast 50 from 70 % stiff on), one
+element per voxel is too stiff and exceeds the upper bound, until the voxels are subdivided.
 """
 
 from __future__ import annotations

@@ -160,16 +160,16 @@ def _checked_load(macro_strain: Sequence[float]) -> FloatArray:
 
 
 def _checked_phase(phase: Array | Tensor, materials: int) -> Tensor:
-    volumes = torch.as_tensor(phase)
-    if volumes.ndim != 4 or volumes.numel() == 0 or volumes.is_floating_point():
+    volumes = phase.cpu().numpy() if isinstance(phase, Tensor) else np.asarray(phase)
+    if volumes.ndim != 4 or volumes.size == 0 or volumes.dtype.kind not in "iub":
         raise DMIError(
-            f"phase has shape {tuple(volumes.shape)} and type {volumes.dtype}; "
+            f"phase has shape {volumes.shape} and type {volumes.dtype}; "
             "expected integers of shape (B, N1, N2, N3)"
         )
     low, high = int(volumes.min()), int(volumes.max())
     if low < 0 or high >= materials:
         raise DMIError(f"phase holds {low}..{high}; expected 0..{materials - 1}, one per material")
-    return volumes.long()
+    return torch.from_numpy(volumes.astype(np.int64))
 
 
 def _chunks(volumes: Tensor, device: torch.device) -> Iterator[tuple[int, Tensor]]:

@@ -17,13 +17,14 @@ class GaussianField:
 
     volume_fraction: range of the stiff phase's fraction, drawn uniformly.
     correlation_voxels: range of the Gaussian filter's standard deviation, drawn log-uniformly;
-    (0, 0) is white noise.
+    (0, 0) is white noise. From about 0.6 on, a voxel mesh resolves the structure well enough for
+    every solved sample to obey the bounds of a continuum (bounds.py); finer ones come out too stiff.
     isotropic_share: probability of one deviation for all axes; else each axis draws its own.
     """
 
     voxels: int
     volume_fraction: tuple[float, float] = (0.25, 0.75)
-    correlation_voxels: tuple[float, float] = (0.3, 3.0)
+    correlation_voxels: tuple[float, float] = (0.6, 3.0)
     isotropic_share: float = 0.5
 
     def __post_init__(self) -> None:

@@ -63,7 +63,7 @@ class TwoPointRegression:
     def __init__(
         self,
         *,
-        components: tuple[int, ...] = (5, 10, 20, 40),
+        components: tuple[int, ...] = (5, 10, 15, 20, 30, 40),
         ridges: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0),
         symmetrise: bool = False,
     ) -> None:

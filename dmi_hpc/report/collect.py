@@ -67,7 +67,10 @@ class Winner:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of ``train/metrics.jsonl``; a loss that was not recorded is None."""
+    """One line of ``train/metrics.jsonl``, counted from 0; what was not recorded is None.
+
+    validation_mae: in the evaluation's unit; seconds: of this epoch alone.
+    """
 
     epoch: int
     train_loss: float | None = None
@@ -80,12 +83,16 @@ class Epoch:
 
 @dataclass(frozen=True)
 class TrainStatus:
+    """``train/status.json``; `best_epoch` (from 0) is the one whose weights are evaluated."""
+
     state: str
     best_epoch: int | None = None
     ranks: int | None = None
     engine: str = ""
     parameters: int | None = None
     reason: str = ""
+    device: str = ""
+    weights_xxh3: str = ""
 
 
 @dataclass(frozen=True)

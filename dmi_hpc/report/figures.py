@@ -166,40 +166,49 @@ def error_histogram(
     return _chart("errors", f"Histogram of prediction errors of {quantity}", (430, 400), draw)
 
 
-def learning_curves(epochs: Sequence[Epoch], best_epoch: int | None) -> str:
-    """Loss of training and validation by epoch, and the learning rate below."""
-    rates = [epoch.learning_rate for epoch in epochs if epoch.learning_rate is not None]
+def learning_curves(epochs: Sequence[Epoch], best_epoch: int | None, unit: str) -> str:
+    """Loss, validation MAE and learning rate after each epoch, one panel for each that is known."""
+    panels = [
+        ("loss", {"train_loss": "training", "validation_loss": "validation"}, 2.4),
+        (f"validation MAE{f' / {_plain(unit)}' if unit else ''}", {"validation_mae": ""}, 2.4),
+        ("learning rate", {"learning_rate": ""}, 1.0),
+    ]
+    curves = {
+        key: [(e.epoch + 1, value) for e in epochs if (value := getattr(e, key)) is not None]
+        for _, keys, _ in panels
+        for key in keys
+    }
+    shown = [panel for panel in panels if any(curves[key] for key in panel[1])]
 
     def draw(figure: Figure) -> None:
-        ratios = [3.4, 1] if rates else [1]
-        panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
-        axes: Axes = panels[0, 0]
-        _curve(axes, epochs, "train_loss", "random", "training loss")
-        _curve(axes, epochs, "validation_loss", "network", "validation loss")
-        losses = [value for e in epochs for value in (e.train_loss, e.validation_loss)]
-        if _wide([value for value in losses if value is not None]):
-            _log_scale(axes, "y")
-        if best_epoch is not None:
-            axes.axvline(best_epoch, color=LIGHT["baseline"], linewidth=1.2, label="kept weights")
-        axes.set_ylabel("loss")
-        axes.legend(**_ABOVE)
-        if rates:
-            _curve(panels[1, 0], epochs, "learning_rate", "muted", "learning rate")
-            panels[1, 0].set_ylabel("learning rate")
-            panels[1, 0].yaxis.set_major_formatter(_tick)
-            panels[1, 0].set_ylim(bottom=0)
-        panels[-1, 0].set_xlabel("epoch")
+        heights = [height for *_, height in shown]
+        rows = figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=heights)
+        for axes, (title, keys, _) in zip(rows[:, 0], shown, strict=True):
+            for key, label in keys.items():
+                if curves[key]:
+                    colour = "random" if key == "train_loss" else "network"
+                    x, y = zip(*curves[key], strict=True)
+                    axes.plot(x, y, color=LIGHT[colour], label=label, marker=_marker(x))
+            if len([key for key in keys if curves[key]]) > 1:
+                axes.legend(**_ABOVE)
+            values = [value for key in keys for _, value in curves[key]]
+            if _wide(values) and "learning_rate" not in keys:
+                _log_scale(axes, "y")
+            else:
+                axes.yaxis.set_major_formatter(_tick)
+            if best_epoch is not None:
+                axes.axvline(best_epoch + 1, color=LIGHT["baseline"], linewidth=1.2)
+            axes.set_ylabel(title)
+        rows[-1, 0].set_xlabel("epoch")
         figure.align_ylabels()
 
-    return _chart("learning", "Learning curves by epoch", (900, 380 if rates else 300), draw)
+    height = 70 + round(85 * sum(height for *_, height in shown))
+    return _chart("learning", "Learning curves by epoch", (900, height), draw)
 
 
-def _curve(axes: Axes, epochs: Sequence[Epoch], key: str, colour: str, label: str) -> None:
-    points = [(epoch.epoch, getattr(epoch, key)) for epoch in epochs]
-    known = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
-    if known:
-        marker = "o" if len(known) == 1 else ""
-        axes.plot(*zip(*known, strict=True), color=LIGHT[colour], marker=marker, label=label)
+def _marker(points: Sequence[float]) -> str:
+    """A single point makes no line."""
+    return "o" if len(points) == 1 else ""
 
 
 def search_progress(search: Search) -> str:
@@ -332,15 +341,3 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 def _plain(text: str) -> str:
     """Text that matplotlib takes neither for a formula nor, in a legend, for a hidden entry."""
     return text.replace("$", r"\$").lstrip("_")
-
-
-__all__ = [
-    "DARK",
-    "LIGHT",
-    "error_histogram",
-    "learning_curves",
-    "origin_colour",
-    "parity",
-    "search_progress",
-    "size_against_fitness",
-]

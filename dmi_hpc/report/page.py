@@ -58,6 +58,7 @@ def render(run: Run) -> str:
         "light": figures.LIGHT,
         "dark": figures.DARK,
         "recipe": json.dumps(run.info.recipe, indent=2, ensure_ascii=False),
+        "identity": _identity(run),
         **_result(run),
         **_training(run),
         **_search(run),
@@ -83,10 +84,10 @@ def missing_stages(run: Run) -> list[tuple[str, str]]:
 def headline(run: Run) -> str:
     """The result of the run in one sentence, whatever stage it has reached."""
     if run.evaluation is not None:
-        return _evaluation_headline(run.evaluation)
+        return _evaluation_headline(run.evaluation, evolved=_evolved(run))
     if run.training is not None and run.training.epochs:
-        known = [e.validation_loss for e in run.training.epochs if e.validation_loss is not None]
-        best = f", best validation loss {number(min(known), 4)}" if known else ""
+        known = [e.validation_mae for e in run.training.epochs if e.validation_mae is not None]
+        best = f", best validation MAE {number(min(known))}" if known else ""
         return f"Trained for {len(run.training.epochs)} epochs{best}; not evaluated yet."
     if run.search is not None and run.search.best is not None:
         best_trial = run.search.best
@@ -103,12 +104,13 @@ def headline(run: Run) -> str:
     return "Nothing has been run yet."
 
 
-def _evaluation_headline(evaluation: Evaluation) -> str:
+def _evaluation_headline(evaluation: Evaluation, *, evolved: bool) -> str:
     network, unit = evaluation.network, evaluation.unit
+    rows = "unseen test" if evaluation.split == "test" else evaluation.split
     percent = f" ({number(network.mae_percent)}{_NBSP}%)" if network.mae_percent is not None else ""
     text = (
-        f"{network.label} predicts {evaluation.quantity} of {evaluation.rows:,} unseen "
-        f"{evaluation.split} rows with a mean absolute error of "
+        f"The {'evolved ' if evolved else ''}network predicts {evaluation.quantity} of "
+        f"{evaluation.rows:,} {rows} rows with a mean absolute error of "
         f"{number(network.mae)}{_NBSP}{unit}{percent}"
     )
     if not evaluation.baselines:
@@ -133,10 +135,10 @@ def _ratio(network: Method, other: Method, unit: str, prefix: str = "") -> str:
 def _tiles(run: Run) -> list[Tile]:
     tiles = []
     if run.evaluation is not None:
-        network = run.evaluation.network
-        tiles.append(Tile(f"{number(network.mae)} {run.evaluation.unit}", "test MAE"))
+        network, split = run.evaluation.network, run.evaluation.split
+        tiles.append(Tile(f"{number(network.mae)} {run.evaluation.unit}", f"MAE, {split} split"))
         if network.r2 is not None:
-            tiles.append(Tile(number(network.r2, 4), "R² on the test split"))
+            tiles.append(Tile(number(network.r2, 4), f"R², {split} split"))
     if run.data is not None:
         tiles.append(Tile(f"{run.data.rows:,}", "rows of data"))
     if run.search is not None:
@@ -154,6 +156,10 @@ def network_of(run: Run) -> NetworkSpec | None:
     if run.training is not None and run.training.network is not None:
         return run.training.network
     return run.winner.network if run.winner is not None else None
+
+
+def _evolved(run: Run) -> bool:
+    return run.winner is not None and run.winner.network == network_of(run)
 
 
 def _result(run: Run) -> dict[str, Any]:
@@ -188,9 +194,10 @@ def _training(run: Run) -> dict[str, Any]:
         return {"learning": None}
     epochs = run.training.epochs
     best = run.training.status.best_epoch if run.training.status else None
+    unit = run.evaluation.unit if run.evaluation is not None else ""
     rates = [epoch.samples_per_s for epoch in epochs if epoch.samples_per_s is not None]
     return {
-        "learning": Markup(figures.learning_curves(epochs, best)),
+        "learning": Markup(figures.learning_curves(epochs, best, unit)),
         "training_seconds": sum(epoch.seconds or 0.0 for epoch in epochs),
         "training_rate": float(np.median(rates)) if rates else None,
     }
@@ -237,7 +244,17 @@ def _network(run: Run) -> dict[str, Any]:
         "network": Markup(diagrams.network_drawing(spec)),
         "blocks": diagrams.blocks(spec),
         "cost": cost(spec),
-        "evolved": run.winner is not None and run.winner.network == spec,
+        "evolved": _evolved(run),
+    }
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What tells whether a repeated run gave the same."""
+    status = run.training.status if run.training is not None else None
+    return {
+        "seed": run.info.seed,
+        **({"started": run.info.created} if run.info.created else {}),
+        **({"weights, xxh3": status.weights_xxh3} if status and status.weights_xxh3 else {}),
     }
 
 

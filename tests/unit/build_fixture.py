@@ -43,13 +43,3 @@ class Rows:
             os.kill(os.getpid(), signal.SIGKILL)
         x = [np.random.default_rng(int(i)).normal(100, 1, 3) for i in ids]
         return {"x": np.array(x, dtype=np.float32), "n": ids}
-
-
-class Alone:
-    rank, size = 0, 1
-
-    def gather(self, value):
-        return [value]
-
-    def barrier(self):
-        return None

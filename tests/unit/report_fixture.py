@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from dmi_hpc.files import write_json
+
 LAYERS: list[dict[str, Any]] = [
     {"kind": "conv", "filters": 24, "kernel": 3, "padding": "circular"},
     {"kind": "norm", "op": "batch"},
@@ -43,12 +45,12 @@ ELEMNET = {
     ],
     "outputs": 1,
 }
+FIELDS = [
+    ("phase", "uint8", [21, 21, 21], "", "1 where the voxel is stiff"),
+    ("C1111", "float64", [], "GPa", "effective stiffness along x"),
+    ("residual", "float64", [], "1", "relative residual of the solver"),
+]
 START = 1_790_000_000.0
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
@@ -91,27 +93,8 @@ def write_data(run: Path) -> None:
             "rows": 800,
             "split_rows": {"train": 560, "validation": 120, "test": 120},
             "fields": [
-                {
-                    "name": "phase",
-                    "dtype": "uint8",
-                    "shape": [21, 21, 21],
-                    "unit": "",
-                    "description": "1 where the voxel is stiff",
-                },
-                {
-                    "name": "C1111",
-                    "dtype": "float64",
-                    "shape": [],
-                    "unit": "GPa",
-                    "description": "effective stiffness along x",
-                },
-                {
-                    "name": "residual",
-                    "dtype": "float64",
-                    "shape": [],
-                    "unit": "1",
-                    "description": "relative residual of the solver",
-                },
+                {"name": name, "dtype": dtype, "shape": shape, "unit": unit, "description": text}
+                for name, dtype, shape, unit, text in FIELDS
             ],
             "shards": [{"file": f"shard-{i:05d}.h5", "rows": 128} for i in range(7)],
             "statistics": {"C1111": stiffness, "residual": {"mean": 3.1e-7, "max": 9.9e-7}},
@@ -217,18 +200,17 @@ def write_search(run: Path, *, trials: int = 64, workers: int = 2, all_fail: boo
 def write_training(run: Path, network: dict[str, Any], *, epochs: int = 60) -> None:
     rng = np.random.default_rng(4)
     lines = []
-    for epoch in range(1, epochs + 1):
+    for epoch in range(epochs):
         train = 0.9 * np.exp(-epoch / 9) + 0.006 + 0.002 * rng.random()
         lines.append(
             {
                 "kind": "epoch",
                 "epoch": epoch,
                 "step": epoch * 18,
-                "samples": epoch * 560,
                 "train_loss": float(train),
-                "validation_loss": float(train + 0.008 + 0.005 * rng.random()),
-                "validation_mae": float(8 * train),
-                "learning_rate": 1e-3 * float(np.cos(epoch / epochs * np.pi / 2)) + 1e-6,
+                "validation_mae": float(8 * train + 0.8 + 0.3 * rng.random()),
+                "validation_rmse": float(10 * train),
+                "learning_rate": 1e-3 * float(np.cos(epoch / epochs * np.pi / 2)),
                 "seconds": 2.1,
                 "samples_per_s": 266.0 + float(rng.random()),
             }
@@ -238,7 +220,7 @@ def write_training(run: Path, network: dict[str, Any], *, epochs: int = 60) -> N
     write_json(
         run / "train" / "status.json",
         {"state": "finished", "best_epoch": epochs - 6, "ranks": 2, "engine": "deepspeed"}
-        | {"parameters": 1_234_567, "reason": "early stop"},
+        | {"parameters": 971_793, "reason": "early stop", "device": "cpu", "weights_xxh3": "ab12"},
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from dmi_hpc.data.build import build
+from dmi_hpc.data.build import Alone, build
 from dmi_hpc.data.shards import ShardSet
 from dmi_hpc.errors import CorruptShardError, DataError
 
@@ -54,7 +54,7 @@ class ThreadRanks:
 
 def build_alone(target, toy, plan=None, rows=None, processes=1, progress=lambda n: None):
     plan, rows = plan or toy.make_plan(), rows or toy.Rows()
-    return build(target, plan, rows, toy.Alone(), processes, progress)
+    return build(target, plan, rows, Alone(), processes, progress)
 
 
 def build_on_ranks(target, toy, size, rows=None):
@@ -101,16 +101,14 @@ def test_processes_and_ranks_change_nothing(tmp_path, toy):
     assert build_on_ranks(tmp_path / "many", toy, 8) == [reference] * 8  # more ranks than shards
     one = content(tmp_path / "one")
     assert one == content(tmp_path / "three") == content(tmp_path / "ranks")
-    assert done == sorted(done)
-    assert done[-1] == 100
+    assert sum(done) == 100
 
 
 def test_progress_counts_rows(tmp_path, toy):
     done = []
     build_alone(tmp_path / "set", toy, progress=done.append)
-    assert done[-1] == 100
-    assert done == sorted(done)
-    assert len(done) > 6
+    assert sum(done) == 100
+    assert max(done) < 17  # finer than shards
 
 
 def test_an_equal_plan_is_not_built_again(tmp_path, toy):
@@ -140,13 +138,14 @@ def test_only_a_lost_shard_is_made_again(tmp_path, toy):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_failing_row_stops_the_build_and_finished_shards_stay(tmp_path, toy, processes):
+def test_a_failing_row_stops_the_build_and_finished_shards_stay(tmp_path, toy, processes, capfd):
     with pytest.raises(DataError, match="ZeroDivisionError: no solution for row 40"):
         build_alone(tmp_path, toy, rows=toy.Rows(fail_at=40), processes=processes)
     with pytest.raises(DataError, match=r"manifest\.json: no such file"):
         ShardSet.open(tmp_path)
+    assert "Traceback" not in capfd.readouterr().err  # of workers that lost their parent
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert "shard-00000.h5" in kept
+    assert processes > 1 or "shard-00000.h5" in kept
     assert not [name for name in kept if name.startswith(".tmp")]
     build_alone(tmp_path, toy)
     assert all((tmp_path / name).stat().st_mtime_ns == time_ns for name, time_ns in kept.items())
@@ -160,7 +159,7 @@ def test_a_failure_stops_the_other_workers(tmp_path, toy):
 
 
 def test_a_dead_worker_is_an_error(tmp_path, toy):
-    with pytest.raises(DataError, match="a worker process died.*fewer processes"):
+    with pytest.raises(DataError, match=r"a worker process died.*fewer processes"):
         build_alone(tmp_path, toy, rows=toy.Rows(die_at=40), processes=2)
 
 
@@ -250,8 +249,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import build_fixture as toy
-from dmi_hpc.data.build import build
-build(Path(sys.argv[2]), toy.make_plan(), toy.Rows(sleep_s=0.2), toy.Alone(), 2, lambda n: None)
+from dmi_hpc.data.build import Alone, build
+build(Path(sys.argv[2]), toy.make_plan(), toy.Rows(sleep_s=0.2), Alone(), 2, lambda n: None)
 """
 
 

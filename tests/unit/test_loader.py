@@ -3,22 +3,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmi_hpc.data.build import build
+from dmi_hpc.data.build import Alone, build
 from dmi_hpc.data.loader import Loader
 from dmi_hpc.data.manifest import BuildPlan, Field, SplitRule
 from dmi_hpc.data.shards import ShardSet
 
 ROWS = 103
-
-
-class Alone:
-    rank, size = 0, 1
-
-    def gather(self, value):
-        return [value]
-
-    def barrier(self):
-        return None
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 @given(data=st.data(), rows_per_shard=st.sampled_from([3, 4, 11, 100]))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 def test_gather_is_indexing(tmp_path_factory, data, rows_per_shard):
     folder = tmp_path_factory.mktemp("set")
     _, arrays = make_set(folder, rows_per_shard=rows_per_shard)

@@ -77,7 +77,7 @@ def test_logarithmic_target_is_chosen_where_it_fits() -> None:
     target = np.exp(12 * phase.mean((1, 2, 3)))
     model = TwoPointRegression(components=(1, 2, 5)).fit(phase, target)
     assert model.choice.log_target
-    np.testing.assert_allclose(model.predict(phase), target, rtol=0.2)
+    assert np.abs(model.predict(phase) / target - 1).mean() < 0.1
 
 
 @pytest.mark.parametrize(

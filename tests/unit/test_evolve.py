@@ -1,0 +1,179 @@
+"""Ask and tell: no duplicates, founders first, failures apart, better than random, reproducible."""
+
+from math import inf, log2, log10, nan
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmi_hpc.errors import NetworkError, RunError
+from dmi_hpc.models.space import Choice, FloatRange, Founder, NetworkSpace, SearchSpace
+from dmi_hpc.models.spec import Activation, Conv, NetworkSpec, Pool, Readout, shapes
+from search.evolve import Evolution, EvolutionConfig, Failure, SpaceExhausted, Success
+from search.genome import decode, structural_hash
+from search.simulate import simulate
+from search.space import genome_cost
+
+VOXELS = 21
+HYPER = {
+    "batch_size": Choice(values=(8, 16, 32, 64), ordered=True),
+    "learning_rate": FloatRange(low=1e-5, high=1e-1, log=True),
+    "optimizer": Choice(values=("adam", "sgd")),
+    "weight_decay": FloatRange(low=1e-7, high=1e-2, log=True),
+}
+NETWORK = NetworkSpace(input_shape=(1, VOXELS, VOXELS, VOXELS), conv_blocks=(1, 6))
+SPACE = SearchSpace(network=NETWORK, hyper=HYPER)
+DEFAULTS = {"batch_size": 32, "learning_rate": 1e-3, "optimizer": "adam", "weight_decay": 0.0}
+
+
+def founder(name, *filters, **hyper):
+    blocks = [layer for n in filters for layer in (Conv(filters=n), Activation(), Pool())]
+    spec = NetworkSpec(input_shape=NETWORK.input_shape, layers=(*blocks, Readout()))
+    return Founder(name=name, network=spec, hyper=hyper)
+
+
+def objective(genome):
+    """Cheap, additive, with a memory limit; about as hard as finding a good network by its parts."""
+    if genome_cost(genome, NETWORK).activations > 250 * VOXELS**3:
+        return Failure("memory")
+    values = dict(genome.hyper)
+    loss = 0.15 * (log10(values["learning_rate"]) + 3) ** 2
+    loss += 0.02 * (log10(values["weight_decay"] + 1e-9) + 5) ** 2
+    loss += 0.1 * (values["optimizer"] != "adam") + 0.1 * (genome.readout != "mean")
+    loss += 0.08 * abs(len(genome.conv) - 4) + 0.05 * abs(len(genome.dense) - 2)
+    loss += 0.1 * max(0, 3 - sum(gene.pool is not None for gene in genome.conv))
+    for depth, conv in enumerate(genome.conv):
+        loss += 0.03 * abs(log2(conv.filters) - 4 - 0.7 * depth) + 0.1 * conv.dropout
+        loss += 0.05 * (conv.kernel == 1) + 0.02 * (conv.padding != "circular")
+        loss += 0.02 * (conv.activation != "gelu") + 0.03 * (conv.norm is None)
+    for dense in genome.dense:
+        loss += 0.02 * abs(log2(dense.units) - 8) + 0.05 * dense.dropout
+    return Success(loss)
+
+
+def evaluate(genome):
+    identity = int(structural_hash(genome, SPACE)[:8], 16)
+    return objective(genome), 1.0 + identity % 100 / 50
+
+
+def search(seed, workers, evaluations, space=SPACE, **config):
+    evolution = Evolution(space, EvolutionConfig(seed=seed, **config), DEFAULTS)
+    return evolution, simulate(evolution, evaluate, workers, evaluations)
+
+
+def history(evolution):
+    return [(p.hash, p.origin, p.parents) for p in evolution.proposals.values()]
+
+
+def test_founders_come_first_then_random_genomes_then_children():
+    founders = (founder("a", 8), founder("b", 8, 16), founder("a again", 8))
+    evolution, _ = search(0, 1, 40, SPACE.model_copy(update={"founders": founders}), initial=10)
+    origins = [proposal.origin for proposal in evolution.proposals.values()]
+    assert origins[:2] == ["founder"] * 2
+    assert origins[2:10] == ["random"] * 8
+    assert {"crossover", "mutation", "incumbent"} <= set(origins[10:])
+    first = evolution.proposals[0].genome
+    assert decode(first, NETWORK) == founders[0].network
+    assert dict(first.hyper)["weight_decay"] == 0.0  # outside the range, kept
+
+
+def test_parents_are_successful_and_earlier():
+    evolution, _ = search(1, 16, 150)
+    bred = [p for p in evolution.proposals.values() if p.parents]
+    assert len(bred) > 80
+    assert any(len(p.parents) == 2 for p in bred)
+    assert any(isinstance(outcome, Failure) for outcome in evolution.outcomes.values())
+    for proposal in bred:
+        assert all(parent < proposal.id for parent in proposal.parents)
+        assert all(isinstance(evolution.outcomes[p], Success) for p in proposal.parents)
+
+
+@given(st.integers(0, 1000), st.sampled_from([1, 16]), st.booleans())
+@settings(deadline=None, max_examples=8)
+def test_no_proposal_is_a_duplicate_finished_or_not_and_all_can_be_built(seed, workers, surrogate):
+    evolution, trace = search(seed, workers, 80, surrogate=surrogate)
+    assert len(trace.ids) == 80
+    hashes = [structural_hash(p.genome, SPACE) for p in evolution.proposals.values()]
+    assert len(set(hashes)) == 80
+    assert [p.hash for p in evolution.proposals.values()] == hashes
+    for proposal in evolution.proposals.values():
+        shapes(decode(proposal.genome, NETWORK))
+
+
+def test_a_finite_space_is_searched_to_its_end_and_then_says_so():
+    space = SearchSpace(
+        network=NetworkSpace(input_shape=(4,), dense_blocks=(0, 0)),
+        hyper={"a": Choice(values=(1, 2, 3), ordered=True), "b": Choice(values=("x", "y"))},
+    )
+    evolution = Evolution(space, EvolutionConfig(initial=2, population=3))
+    for number in range(6):
+        evolution.tell(evolution.ask().id, Success(float(number)))
+    assert len({proposal.genome for proposal in evolution.proposals.values()}) == 6
+    with pytest.raises(SpaceExhausted, match="6 networks"):
+        evolution.ask()
+
+
+@pytest.mark.parametrize("fitness", [nan, inf, -inf])
+def test_a_fitness_that_is_not_finite_is_a_failure(fitness):
+    evolution = Evolution(SPACE, EvolutionConfig())
+    told = evolution.tell(evolution.ask().id, Success(fitness))
+    assert isinstance(told, Failure) and told.kind == "nan"
+    assert evolution.best() is None
+
+
+def test_a_search_where_everything_fails_goes_on():
+    evolution = Evolution(SPACE, EvolutionConfig(initial=4))
+    trace = simulate(evolution, lambda genome: (Failure("memory"), 1.0), 3, 30)
+    assert len(trace.ids) == 30
+    assert np.isinf(trace.best).all()
+    assert {p.origin for p in evolution.proposals.values()} == {"random"}
+
+
+def test_best_and_pending():
+    evolution = Evolution(SPACE, EvolutionConfig())
+    first, second, third = (evolution.ask() for _ in range(3))
+    evolution.tell(third.id, Success(2.0))
+    evolution.tell(first.id, Success(1.0))
+    assert evolution.best() == (first.id, 1.0)
+    assert evolution.pending() == [second]
+    assert list(evolution.outcomes) == [third.id, first.id]
+
+
+def test_equal_seeds_give_equal_searches_and_others_do_not():
+    runs = [history(search(seed, 4, 60)[0]) for seed in (3, 3, 4)]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_proposals_do_not_use_random_numbers_of_earlier_ones():
+    """Asks between two equal states may differ in number: proposal k is a function of (seed, k)."""
+    whole, resumed = (Evolution(SPACE, EvolutionConfig(seed=5)) for _ in range(2))
+    proposals = [whole.ask() for _ in range(6)]
+    for proposal in proposals[:5]:
+        resumed.restore_ask(proposal)
+    assert resumed.ask() == proposals[5]
+
+
+def test_founders_that_make_no_sense_are_refused_by_name():
+    space = SPACE.model_copy(update={"founders": (founder("a", 8),)})
+    with pytest.raises(RunError, match="'a' has no value for batch_size"):
+        Evolution(space, EvolutionConfig())
+    odd = Founder(name="odd", network=founder("", 8).network.model_copy(update={"outputs": 2}))
+    with pytest.raises(NetworkError, match="'odd': outputs"):
+        Evolution(SPACE.model_copy(update={"founders": (odd,)}), EvolutionConfig(), DEFAULTS)
+
+
+def medians(workers, evaluations, **config):
+    """Median best fitness over seeds."""
+    return np.median(
+        [search(seed, workers, evaluations, **config)[1].best[-1] for seed in range(7)]
+    )
+
+
+def test_evolution_beats_random_search_and_the_surrogate_beats_plain_evolution():
+    random = medians(8, 200, surrogate=False, initial=200)
+    plain = medians(8, 200, surrogate=False)
+    screened = medians(8, 200)
+    assert plain < 0.75 * random
+    assert screened < 0.95 * plain

@@ -1,0 +1,202 @@
+"""A search is its journal: interrupted anywhere and replayed, it goes on as if it had not been."""
+
+import json
+from math import inf, nan
+
+import pytest
+
+from dmi_hpc.errors import FormatVersionError, RunError
+from dmi_hpc.models.space import Choice, FloatRange, NetworkSpace, SearchSpace
+from search.evolve import Evolution, EvolutionConfig, Failure, Success
+from search.journal import Journal, header, outcome_of, replay
+
+SPACE = SearchSpace(
+    network=NetworkSpace(input_shape=(1, 15, 15, 15), conv_blocks=(1, 4)),
+    hyper={
+        "batch_size": Choice(values=(8, 16, 32), ordered=True),
+        "learning_rate": FloatRange(low=1e-5, high=1e-1, log=True),
+    },
+)
+CONFIG = EvolutionConfig(seed=3, initial=6, population=6, pool=8)
+EVALUATIONS = 18
+
+
+def fresh(config=CONFIG):
+    return Evolution(SPACE, config)
+
+
+def outcome(proposal):
+    if proposal.id % 5 == 2:
+        return Failure("memory", "too large", "Traceback ...")
+    return Success(float(int(proposal.hash[:6], 16)))
+
+
+def work(journal, evolution, pending, outstanding=1):
+    """Go on until EVALUATIONS are told; every ask and tell is journalled as a driver would."""
+    running = list(pending)
+    while len(evolution.outcomes) < EVALUATIONS:
+        while len(running) < outstanding and len(evolution.proposals) < EVALUATIONS:
+            running.append(evolution.ask())
+            journal.ask(running[-1])
+        proposal = running.pop(0)
+        journal.tell(proposal.id, outcome(proposal), 1.5, {"epochs": 3})
+        evolution.tell(proposal.id, outcome(proposal))
+
+
+def finished(path, outstanding=1):
+    evolution = fresh()
+    work(Journal.create(path, evolution), evolution, [], outstanding)
+    return evolution
+
+
+def resume(path):
+    journal, evolution = Journal.open(path), fresh()
+    pending = replay(journal, evolution)
+    work(journal, evolution, pending)
+    return evolution
+
+
+def test_replay_after_every_prefix_continues_identically(tmp_path):
+    whole = finished(tmp_path / "whole.jsonl")
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + 2 * EVALUATIONS
+    assert "incumbent" in {p.origin for p in whole.proposals.values()}  # the surrogate was in use
+    for count in range(1, len(lines) + 1):
+        path = tmp_path / f"{count}.jsonl"
+        path.write_bytes(b"".join(lines[:count]))
+        resumed = resume(path)
+        assert resumed.proposals == whole.proposals
+        assert resumed.outcomes == whole.outcomes
+        tells = [e["id"] for e in Journal.open(path).events() if e["event"] == "tell"]
+        assert sorted(tells) == list(range(EVALUATIONS))  # none repeated
+
+
+@pytest.mark.parametrize("lost", [1, 20, 200])
+def test_a_kill_in_the_middle_of_a_line_costs_that_line_alone(tmp_path, lost):
+    whole = finished(tmp_path / "whole.jsonl")
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    for count in (10, 11):  # a torn tell, a torn ask
+        path = tmp_path / f"{count}-{lost}.jsonl"
+        path.write_bytes(b"".join(lines[:count])[: -min(lost, len(lines[count - 1]) - 1)])
+        resumed = resume(path)
+        assert resumed.proposals == whole.proposals
+        assert resumed.outcomes == whole.outcomes
+        # the torn line stays in the file, and a second resume passes over it
+        assert resume(path).proposals == whole.proposals
+
+
+def test_pending_proposals_of_many_workers_come_back_with_their_numbers(tmp_path):
+    finished(tmp_path / "whole.jsonl", outstanding=5)
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_bytes(b"".join(lines[:12]))
+    events = [json.loads(line) for line in lines[:12]]
+    asked = [e["id"] for e in events if e["event"] == "ask"]
+    told = {e["id"] for e in events if e["event"] == "tell"}
+    evolution = fresh()
+    pending = replay(Journal.open(tmp_path / "cut.jsonl"), evolution)
+    assert len(pending) >= 4
+    assert [p.id for p in pending] == [number for number in asked if number not in told]
+    assert [evolution.proposals[p.id] for p in pending] == pending
+
+
+def test_a_tell_without_its_ask_is_passed_over(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal.create(path, fresh())
+    journal.tell(7, Success(1.0), 1.0)
+    evolution = fresh()
+    assert replay(journal, evolution) == []
+    assert evolution.best() is None
+
+
+def test_outcomes_are_recorded_whole(tmp_path):
+    evolution = fresh()
+    journal = Journal.create(tmp_path / "journal.jsonl", evolution, {"workers": 2})
+    for told in (Success(0.125), Failure("exception", "boom", "Traceback"), Success(nan)):
+        proposal = evolution.ask()
+        journal.ask(proposal)
+        journal.tell(proposal.id, told, 2.5, {"mae": inf, "curve": [1.0, nan]})
+        evolution.tell(proposal.id, told)
+    journal.resumed()
+    text = (tmp_path / "journal.jsonl").read_text()
+    assert "NaN" not in text.replace('"the fitness is nan"', "") and "Infinity" not in text
+    events = journal.events()
+    tells = [event for event in events if event["event"] == "tell"]
+    assert events[0]["config"]["workers"] == 2
+    assert events[-1]["event"] == "resume"
+    assert tells[0]["status"] == "ok" and tells[0]["fitness"] == 0.125
+    assert tells[0]["seconds"] == 2.5 and tells[0]["metrics"] == {"mae": None, "curve": [1.0, None]}
+    assert [outcome_of(event) for event in tells] == list(evolution.outcomes.values())
+    assert tells[2]["failure"] == "nan"
+
+
+def test_a_journal_is_never_overwritten(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal.create(path, fresh())
+    with pytest.raises(RunError, match="recorded here already"):
+        Journal.create(path, fresh())
+
+
+def test_a_missing_journal_or_header_is_an_error(tmp_path):
+    with pytest.raises(RunError, match="no journal"):
+        Journal.open(tmp_path / "none.jsonl")
+    (tmp_path / "odd.jsonl").write_text('{"event":"tell","id":0}\n')
+    with pytest.raises(RunError, match="not the header"):
+        Journal.open(tmp_path / "odd.jsonl")
+
+
+def test_a_newer_version_is_refused(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_text(json.dumps({**header(fresh()), "version": 2}) + "\n")
+    with pytest.raises(FormatVersionError, match=r"version 2.*up to 1"):
+        Journal.open(path)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (fresh(EvolutionConfig(seed=4, initial=6, population=6, pool=8)), "seed is 3 .* 4 now"),
+        (
+            fresh(EvolutionConfig(seed=3, initial=6, population=9, pool=8)),
+            "config.population is 6 .* 9 now",
+        ),
+        (Evolution(SPACE.model_copy(update={"hyper": {}}), CONFIG), "space is"),
+    ],
+)
+def test_the_journal_of_another_search_is_refused_by_its_difference(tmp_path, other, message):
+    journal = Journal.create(tmp_path / "journal.jsonl", fresh(), {"workers": 2})
+    with pytest.raises(RunError, match=message):
+        replay(journal, other)
+    assert not other.proposals
+
+
+def edited(event):
+    return {**event, "genome": {**event["genome"], "conv": event["genome"]["conv"] * 2}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edited, "has hash"),
+        (lambda event: {**event, "genome": {}}, "event 2 cannot be replayed"),
+        (lambda event: {"event": "ask"}, "KeyError"),
+    ],
+)
+def test_an_edited_journal_is_refused(tmp_path, change, message):
+    path = tmp_path / "journal.jsonl"
+    finished(path)
+    lines = path.read_text().splitlines()
+    lines[1] = json.dumps(change(json.loads(lines[1])))
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(RunError, match=message):
+        replay(Journal.open(path), fresh())
+
+
+def test_two_searches_in_one_journal_are_noticed(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    evolution = fresh()
+    journal = Journal.create(path, evolution)
+    proposal = evolution.ask()
+    journal.ask(proposal)
+    journal.ask(proposal)
+    with pytest.raises(RunError, match="asked twice"):
+        replay(journal, fresh())

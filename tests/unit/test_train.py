@@ -1,0 +1,211 @@
+"""The trainer on the toy task, in this process, with the plain-torch engine."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dmi_hpc import checkpoint
+from dmi_hpc.collectives import Alone
+from dmi_hpc.config import DataConfig, TrainConfig
+from dmi_hpc.errors import CheckpointError, DataError, Interrupted, TrialFailure
+from dmi_hpc.evaluate import score
+from dmi_hpc.models.spec import Activation, Dense, Dropout, NetworkSpec, Norm
+from dmi_hpc.problem import Problem, TargetScale, random_bits
+from dmi_hpc.schedule import learning_rate
+from dmi_hpc.tasks import make_task
+from dmi_hpc.tasks.base import BuildContext
+from dmi_hpc.train import Job, fit
+
+CONFIG = TrainConfig(
+    epochs=5, batch_size=20, learning_rate=1e-2, engine="torch", threads=1, patience=None
+)
+NETWORK = NetworkSpec(
+    input_shape=(8,),
+    layers=(Dense(units=16), Norm(), Activation(), Dropout(rate=0.1), Dense(units=8), Activation()),
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    target = tmp_path_factory.mktemp("toy") / "data"
+    context = BuildContext(DataConfig(rows_per_shard=64), 3, Alone(), 1, lambda rows: None)
+    make_task({"name": "toy_task:Toy"}).build_data(target, context)
+    return target
+
+
+def problem_of(data, fault="none"):
+    return Problem.open(make_task({"name": "toy_task:Toy", "fault": fault}), data)
+
+
+class Watch:
+    def __init__(self, stop_at=None):
+        self.epochs, self.steps, self.stop_at = [], 0, stop_at
+
+    def on_step(self, epoch, step, steps_per_epoch):
+        self.steps += 1
+
+    def on_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+    def should_stop(self):
+        return self.stop_at is not None and self.steps >= self.stop_at
+
+
+def job_of(data, folder=None, config=CONFIG, fault="none", network=NETWORK):
+    return Job(problem_of(data, fault), network, config, seed=1, checkpoints=folder)
+
+
+def final(epochs):
+    return [(e.train_loss, e.validation_mae) for e in epochs]
+
+
+def weights_digest(folder):
+    return checkpoint.read_meta(checkpoint.all_in(folder)[-1]).files[checkpoint.WEIGHTS]
+
+
+def test_training_learns_and_same_seed_gives_the_same_weights(data, tmp_path):
+    config = CONFIG.model_copy(update={"epochs": 30})
+    results = [
+        fit(job_of(data, tmp_path / name, config), Watch(), resume=False, warn=print)
+        for name in "ab"
+    ]
+    assert results[0].best_mae == results[1].best_mae < 0.6 * results[0].history[0].validation_mae
+    assert weights_digest(tmp_path / "a") == weights_digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize("stop_at", [3, 10, 14, 25])
+def test_an_interrupted_training_continues_exactly(data, tmp_path, stop_at):
+    """Dropout masks, batch order, loss sums, early-stop counters: nothing may differ."""
+    whole, first, second = Watch(), Watch(stop_at), Watch()
+    fit(job_of(data, tmp_path / "whole"), whole, resume=False, warn=print)
+    with pytest.raises(Interrupted):
+        fit(job_of(data, tmp_path / "cut"), first, resume=False, warn=print)
+    fit(job_of(data, tmp_path / "cut"), second, resume=True, warn=print)
+    assert final(first.epochs) + final(second.epochs) == final(whole.epochs)
+    assert weights_digest(tmp_path / "cut") == weights_digest(tmp_path / "whole")
+
+
+def test_a_torn_checkpoint_is_passed_over(data, tmp_path):
+    fit(job_of(data, tmp_path), Watch(), resume=False, warn=print)
+    newest = checkpoint.all_in(tmp_path)[-1]
+    weights = newest / checkpoint.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1])
+    told = []
+    found = checkpoint.latest(tmp_path, told.append)
+    assert found == checkpoint.all_in(tmp_path)[-2]
+    assert "checksum" in told[0]
+    assert "expected" in told[0]
+    with pytest.raises(CheckpointError, match="checksum"):
+        checkpoint.read_meta(newest)
+
+
+def test_old_checkpoints_go_but_the_best_stays(data, tmp_path):
+    config = CONFIG.model_copy(update={"learning_rate": 0.5, "epochs": 8})
+    result = fit(job_of(data, tmp_path, config), Watch(), resume=False, warn=print)
+    kept = checkpoint.all_in(tmp_path)
+    best, meta = checkpoint.best(tmp_path)
+    assert meta.metrics["validation_mae"] == result.best_mae
+    assert len(kept) <= config.keep_checkpoints + 1
+    assert best in kept
+
+
+def test_patience_ends_the_training(data):
+    config = CONFIG.model_copy(update={"learning_rate": 1e-12, "patience": 2, "epochs": 50})
+    network = NetworkSpec(input_shape=(8,), layers=(Dense(units=4),))
+    result = fit(job_of(data, None, config, network=network), Watch(), resume=False, warn=print)
+    assert result.reason == "early stop"
+    assert result.epochs == result.best_epoch + 3
+
+
+def test_a_loss_that_is_not_finite_is_a_typed_failure(data):
+    with pytest.raises(TrialFailure) as caught:
+        fit(job_of(data, fault="nan"), Watch(), resume=False, warn=print)
+    assert caught.value.kind == "nan"
+    assert "epoch 0" in caught.value.message
+
+
+def test_a_last_batch_of_one_row_trains_batch_norm(data):
+    rows = len(problem_of(data).train_rows)
+    config = CONFIG.model_copy(update={"batch_size": rows - 1, "epochs": 2})
+    result = fit(job_of(data, config=config), Watch(), resume=False, warn=print)
+    assert math.isfinite(result.best_mae)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("loss", ["mse", "mae", "huber"])
+def test_every_optimizer_and_loss_learns(data, optimizer, loss):
+    config = CONFIG.model_copy(update={"optimizer": optimizer, "loss": loss, "epochs": 8})
+    result = fit(job_of(data, config=config), Watch(), resume=False, warn=print)
+    assert result.best_mae < result.history[0].validation_mae
+
+
+def test_bfloat16_autocast_trains(data):
+    config = CONFIG.model_copy(update={"precision": "bf16", "epochs": 8})
+    result = fit(job_of(data, config=config), Watch(), resume=False, warn=print)
+    assert result.best_mae < result.history[0].validation_mae
+
+
+@pytest.mark.parametrize("transform", ["identity", "log"])
+def test_scaled_targets_come_back(transform):
+    target = np.random.default_rng(0).lognormal(size=100)
+    scale = TargetScale.of(target, transform)
+    scaled = scale.scale(target)
+    assert abs(scaled.mean()) < 1e-5
+    assert abs(scaled.std() - 1) < 1e-5
+    np.testing.assert_allclose(scale.unscale(scaled), target, rtol=1e-4)
+
+
+def test_targets_that_cannot_be_scaled_are_refused():
+    with pytest.raises(DataError, match="positive"):
+        TargetScale.of(np.array([1.0, -2.0]), "log")
+    with pytest.raises(DataError, match="constant"):
+        TargetScale.of(np.ones(3), "identity")
+
+
+def test_schedules():
+    config = CONFIG.model_copy(update={"learning_rate": 1.0, "warmup": 0.2})
+    for schedule in ("constant", "cosine", "one_cycle"):
+        chosen = config.model_copy(update={"schedule": schedule})
+        rates = [learning_rate(chosen, p) for p in np.linspace(0, 1, 101)]
+        assert max(rates) == pytest.approx(1.0)
+        assert rates[0] == {"constant": 0.0, "cosine": 0.0, "one_cycle": 1 / 25}[schedule]
+        assert rates[-1] == pytest.approx(1.0 if schedule == "constant" else 1e-3)
+        assert rates[:21] == sorted(rates[:21])
+        assert rates[20:] == sorted(rates[20:], reverse=True)
+
+
+def test_augmentation_bits_are_uniform_and_differ_by_epoch_and_position():
+    bits = random_bits(1, 0, np.arange(20_000))
+    assert len(set(bits.tolist())) == 20_000
+    assert not set(bits.tolist()) & set(random_bits(1, 1, np.arange(20_000)).tolist())
+    ones = ((bits[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)).mean(axis=0)
+    assert np.abs(ones - 0.5).max() < 0.02
+
+
+def test_scores_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    truth, predicted = rng.normal(5, 1, 50), rng.normal(5, 1, 50)
+    error = predicted - truth
+    scores = score(predicted, truth)
+    assert scores.mae == pytest.approx(np.abs(error).mean())
+    assert scores.rmse == pytest.approx(np.sqrt((error**2).mean()))
+    assert scores.r2 == pytest.approx(1 - (error**2).sum() / ((truth - truth.mean()) ** 2).sum())
+    assert scores.mae_percent == pytest.approx(100 * scores.mae / np.abs(truth).mean())
+
+
+def test_newer_checkpoint_formats_are_refused(data, tmp_path):
+    fit(job_of(data, tmp_path), Watch(), resume=False, warn=print)
+    path = checkpoint.all_in(tmp_path)[-1] / checkpoint.META
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(ValueError, match="format 2, this DMI-HPC reads up to 1"):
+        checkpoint.read_meta(path.parent)
+
+
+def test_weights_of_another_network_are_refused(data, tmp_path):
+    fit(job_of(data, tmp_path), Watch(), resume=False, warn=print)
+    with pytest.raises(CheckpointError, match="does not fit the network"):
+        checkpoint.load_weights(checkpoint.all_in(tmp_path)[-1], torch.nn.Linear(3, 3))
+
+
