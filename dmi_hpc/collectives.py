@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from dmi_hpc import knobs
-from dmi_hpc.data.build import Communicator
+from dmi_hpc.data.build import Alone, Communicator
 from dmi_hpc.errors import LaunchError
 from dmi_hpc.world import World
 
@@ -114,19 +114,6 @@ def gather_objects(value: Any) -> list[Any]:
     result: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(result, value)
     return result
-
-
-class Alone:
-    """The communicator of a single process."""
-
-    rank = 0
-    size = 1
-
-    def gather(self, value: Any) -> list[Any] | None:
-        return [value]
-
-    def barrier(self) -> None:
-        return None
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dmi_hpc import checkpoint
-from dmi_hpc.collectives import Alone
 from dmi_hpc.config import DataConfig, TrainConfig
+from dmi_hpc.data.build import Alone
 from dmi_hpc.errors import CheckpointError, DataError, Interrupted, TrialFailure
 from dmi_hpc.evaluate import score
 from dmi_hpc.models.spec import Activation, Dense, Dropout, NetworkSpec, Norm
