@@ -84,6 +84,9 @@ class SearchConfig(Config):
     surrogate: bool = Field(True, description="SVM screening of children")
     time_limit_s: float | None = Field(None, gt=0, description="no new trial after it")
     trial_time_limit_s: float | None = Field(None, gt=0, description="a slower trial fails")
+    max_flops: float | None = Field(
+        None, gt=0, description="of one forward pass of one sample; costlier networks are not tried"
+    )
     trial_memory_GB: float = Field(2.0, gt=0, description="a larger network is not started")
     trial_threads: int = Field(1, ge=1)
     train: Mapping[str, Any] = Field({}, description="[train] keys that differ in trials")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -55,13 +55,25 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._then: Callable[[], None] | None = None
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def arm(self, then: Callable[[], None] | None = None) -> None:
+        """Install the handlers; again after a library (Ray) has put its own over them.
+
+        then: called once, at the first signal.
+        """
+        self._then = then
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._catch)
+
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.signal == number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.signal is None and self._then is not None:
+            self._then()
         self.signal = number
 
 
@@ -69,7 +81,8 @@ class StopFlag:
 def stop_on_signals() -> Iterator[StopFlag]:
     """A flag that the stop signals set while the block runs; the old handlers come back after."""
     flag = StopFlag()
-    old = {number: signal.signal(number, flag._catch) for number in STOP_SIGNALS}
+    old = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    flag.arm()
     try:
         yield flag
     finally:

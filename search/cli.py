@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import time
 
 from dmi_hpc.cli.options import Out, RecipeFile, Resume, new_app, run_of
 from dmi_hpc.config import SearchConfig
 from dmi_hpc.data.shards import ShardSet
-from dmi_hpc.errors import DataError, Interrupted, RunError
+from dmi_hpc.errors import EXIT_INTERRUPTED, DataError, Interrupted, RunError
 from dmi_hpc.run import Run, record_command
 from dmi_hpc.watch import StopFlag, console, progress_bar, say, stop_on_signals
 from search.driver import Driver, exclusive
@@ -17,6 +19,7 @@ from search.environment import ray_environment
 app = new_app()
 
 SHOW_EVERY_S = 0.5
+LEAVE_AFTER_S = 5.0  # of a stop signal: well inside the 30 s that schedulers give
 
 
 @app.command()
@@ -76,7 +79,26 @@ def _run(run: Run, driver: Driver, unit: str, stop: StopFlag) -> None:
         from search.tune import TrialContext, cluster, run_trials
 
         with cluster(driver.progress.workers, run.recipe.search.trial_threads, folder), display:
-            run_trials(driver, TrialContext(run.recipe, data), display.show, lambda: bool(stop))
+            stop.arm(lambda: _leave_soon(driver))  # Ray has put a handler over ours that dumps and dies
+            run_trials(driver, TrialContext(run.recipe, data, folder), display.show, lambda: bool(stop))
+
+
+def _leave_soon(driver: Driver) -> None:
+    """End within a bounded time of a stop signal, even if Ray hangs.
+
+    A scheduler signals Ray's own processes too; with its head gone Ray waits for a minute and more.
+    The journal is on disk before every step, so there is nothing left to save.
+    """
+
+    def leave() -> None:
+        done = f"{driver.progress.finished} of {driver.progress.budget} evaluations"
+        sys.stderr.write(f"interrupted: {done}. The same command with --resume continues\n")
+        sys.stderr.flush()
+        os._exit(EXIT_INTERRUPTED)
+
+    timer = threading.Timer(LEAVE_AFTER_S, leave)
+    timer.daemon = True
+    timer.start()
 
 
 class _Display:

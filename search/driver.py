@@ -78,6 +78,7 @@ class Driver:
                 population=search.population,
                 initial=search.initial,
                 surrogate=search.surrogate,
+                max_flops=search.max_flops,
             ),
             defaults=founder_defaults(space, recipe.train),
         )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
+
+import psutil
 
 VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -20,6 +23,17 @@ VARIABLES = {
 }
 
 
+PREFIX = "dmi-ray-"
+
+
+def _remove_stale() -> None:
+    """Folders of our own searches that were killed: their process is gone, Ray's sockets are not."""
+    for folder in Path(gettempdir()).glob(f"{PREFIX}*-*"):
+        owner = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def ray_environment() -> Iterator[Path]:
     """A short private folder for Ray's sockets and logs; Ray's variables set while the block runs.
@@ -28,7 +42,8 @@ def ray_environment() -> Iterator[Path]:
     there already (RAY_ADDRESS) brings its own. Import ray inside the block.
     """
     before = dict(os.environ)
-    with TemporaryDirectory(prefix="dmi-ray-") as name:
+    _remove_stale()
+    with TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         os.environ.update(VARIABLES)
         if "RAY_ADDRESS" not in os.environ:

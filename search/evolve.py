@@ -39,7 +39,7 @@ from dmi_hpc.models.space import HyperValue, SearchSpace
 from search.genome import Genome, founder_genome, structural_hash, to_json
 from search.operators import crossover, mutate, parametric
 from search.population import Population
-from search.space import Features, pick, random_genome, require_consistent
+from search.space import Features, genome_cost, pick, random_genome, require_consistent
 from search.surrogate import Surrogate
 
 INCUMBENTS = 3  # best members whose mutations are candidates
@@ -61,6 +61,7 @@ class EvolutionConfig(Config):
     surrogate: bool = True
     pool: int = Field(32, ge=1, description="candidates among which the surrogate chooses")
     unfiltered: float = Field(0.1, ge=0, le=1, description="share of children it does not see")
+    max_flops: float | None = Field(None, gt=0, description="of one forward pass; founders may")
 
 
 @dataclass(frozen=True)
@@ -184,21 +185,27 @@ class Evolution:
     def _is_new(self, candidate: _Candidate) -> bool:
         return structural_hash(candidate.genome, self.space) not in self._hashes
 
+    def _is_wanted(self, candidate: _Candidate) -> bool:
+        """New, and cheap enough: a network over the limit is not even proposed."""
+        limit = self.config.max_flops
+        affordable = limit is None or genome_cost(candidate.genome, self.space.network).flops <= limit
+        return affordable and self._is_new(candidate)
+
     def _new_founder(self) -> _Candidate | None:
         while self._waiting:
             candidate = _Candidate(self._waiting.popleft(), "founder", ())
-            if self._is_new(candidate):
+            if self._is_wanted(candidate):
                 return candidate
         return None
 
     def _random(self, rng: np.random.Generator) -> _Candidate:
         for _ in range(RANDOM_TRIES):
             candidate = self._stranger(rng)
-            if self._is_new(candidate):
+            if self._is_wanted(candidate):
                 return candidate
         raise SpaceExhausted(
             f"{len(self.proposals)} networks were proposed and {RANDOM_TRIES} random ones brought "
-            "no new one: the search space is exhausted"
+            "no new one: the search space is exhausted, or its networks exceed max_flops"
         )
 
     def _bred(self, rng: np.random.Generator) -> _Candidate | None:
@@ -210,7 +217,7 @@ class Evolution:
             if screened is not None:
                 return screened
         children = (self._child(rng) for _ in range(BREEDING_TRIES))
-        return next(filter(self._is_new, children), None)
+        return next(filter(self._is_wanted, children), None)
 
     def _screened(self, surrogate: Surrogate, rng: np.random.Generator) -> _Candidate | None:
         """The new candidate that the surrogate likes best."""
@@ -218,7 +225,7 @@ class Evolution:
         order = surrogate.screen([candidate.genome for candidate in pool])
         if order is None:
             return None
-        return next(filter(self._is_new, (pool[index] for index in order)), None)
+        return next(filter(self._is_wanted, (pool[index] for index in order)), None)
 
     def _candidate(self, rng: np.random.Generator) -> _Candidate:
         kind = rng.random()

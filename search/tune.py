@@ -21,6 +21,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from dmi_hpc.config import Recipe
+from dmi_hpc.errors import Interrupted
 from search.driver import Driver
 from search.evolve import Failure
 from search.genome import to_json
@@ -34,6 +35,7 @@ class TrialContext:
 
     recipe: Recipe
     data: Path
+    scratch: Path  # for files of Ray and Tune that nobody needs afterwards
 
 
 class EvaluationTrial(tune.Trainable):  # type: ignore[misc]
@@ -53,9 +55,9 @@ class EvaluationTrial(tune.Trainable):  # type: ignore[misc]
 class _Adapter(Searcher):  # type: ignore[misc]
     """Tune's view of our driver. The argument names below are Tune's calling convention."""
 
-    def __init__(self, driver: Driver, shown: Callable[[], None], stop: Callable[[], bool]) -> None:
+    def __init__(self, driver: Driver, shown: Callable[[], None]) -> None:
         super().__init__()
-        self._driver, self._shown, self._stop = driver, shown, stop
+        self._driver, self._shown = driver, shown
         self._numbers: dict[str, int] = {}
 
     def set_search_properties(
@@ -64,7 +66,7 @@ class _Adapter(Searcher):  # type: ignore[misc]
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        proposal = None if self._stop() else self._driver.next_proposal()
+        proposal = self._driver.next_proposal()
         self._shown()
         if proposal is None:
             return str(Searcher.FINISHED)
@@ -82,7 +84,7 @@ class _Adapter(Searcher):  # type: ignore[misc]
             return
         outcome = (result or {}).get("outcome")
         if outcome is None and not error:
-            return  # ended by a stop signal before it finished: asked again by --resume
+            return  # ended before it finished: asked again by --resume
         if outcome is None:
             message = "the worker process died (killed, or out of memory)"
             outcome = TrialOutcome(Failure("lost", message), 0.0, {})
@@ -96,25 +98,19 @@ class _Adapter(Searcher):  # type: ignore[misc]
         return None
 
 
-class _StopFlag(tune.Stopper):  # type: ignore[misc]
-    def __init__(self, stop: Callable[[], bool]) -> None:
-        self._stop = stop
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self._stop()
-
-
 class _Heartbeat(tune.Callback):  # type: ignore[misc]
-    """Keeps the terminal alive between results."""
+    """Keeps the terminal alive between results, and obeys a stop signal at once.
 
-    def __init__(self, shown: Callable[[], None]) -> None:
-        self._shown = shown
+    Tune's own way to stop would wait for the trials in flight; the journal needs no such care.
+    """
+
+    def __init__(self, shown: Callable[[], None], stop: Callable[[], bool]) -> None:
+        self._shown, self._stop = shown, stop
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._shown()
+        if self._stop():
+            raise Interrupted("the search was asked to stop")
 
 
 @contextmanager
@@ -147,26 +143,25 @@ def cluster(workers: int, threads: int, folder: Path) -> Iterator[None]:
 def run_trials(
     driver: Driver, context: TrialContext, shown: Callable[[], None], stop: Callable[[], bool]
 ) -> None:
-    """Evaluate until the driver has nothing more to ask, or `stop` says so."""
+    """Evaluate until the driver has nothing more to ask; raises Interrupted when `stop` says so."""
     search = context.recipe.search
     resources = {"cpu": search.trial_threads, "gpu": 1 if ray.cluster_resources().get("GPU") else 0}
     trainable = tune.with_resources(
         tune.with_parameters(EvaluationTrial, context=context), resources
     )
-    with TemporaryDirectory(prefix="dmi-tune-") as folder:
+    with TemporaryDirectory(prefix="tune-", dir=context.scratch) as folder:
         # not Tuner: it pickles the search algorithm, and ours holds an open journal
         tune.run(
             trainable,
             name="search",
             storage_path=folder,
-            search_alg=_Adapter(driver, shown, stop),
+            search_alg=_Adapter(driver, shown),
             num_samples=-1,  # the driver's budget ends it
             # unset, Tune starts one trial at a time for a Searcher that it does not know
             max_concurrent_trials=driver.progress.workers,
             reuse_actors=True,
             max_failures=0,
             raise_on_failed_trial=False,
-            stop=_StopFlag(stop),
-            callbacks=[_Heartbeat(shown)],
+            callbacks=[_Heartbeat(shown, stop)],
             verbose=0,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -20,14 +20,14 @@ def evaluate(
 ) -> None:
     """Score the best checkpoint and the task's baselines, in field units, on one split."""
     from dmi_hpc.assess import assess
-    from dmi_hpc.data.manifest import SPLITS
+    from dmi_hpc.data.manifest import SPLITS, SplitName
     from dmi_hpc.errors import DMIError
 
     if split not in SPLITS:
         raise DMIError(f"--split: found '{split}', expected {', '.join(SPLITS)}")
     run = open_run(run_folder.resolve())
     with console().status("evaluating the network and its baselines"):
-        result = assess(run, SPLITS[SPLITS.index(split)])
+        result = assess(run, cast(SplitName, split))
     record_command(run)
     say(f"{result['split']} split, {result['rows']} rows, {result['quantity']} ({result['unit']})")
     for method in result["methods"]:

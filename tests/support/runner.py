@@ -5,7 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import psutil
+
+from dmi_hpc.config import DataConfig
+from dmi_hpc.data.build import Alone
+from dmi_hpc.tasks import make_task
+from dmi_hpc.tasks.base import BuildContext
 
 SUPPORT = Path(__file__).parent
 LIMIT_S = 150
@@ -18,6 +27,7 @@ name = "toy_task:Toy"
 [data]
 rows_per_shard = 64
 processes = 1
+{data}
 [train]
 epochs = 6
 batch_size = 20
@@ -36,11 +46,18 @@ workers = 2
 """
 
 
-def toy_recipe(folder: Path, task: str = "", train: str = "", search: str = "", more: str = "") -> Path:
-    """A recipe of the toy task in `folder`; its run goes to folder/run by convention of the tests."""
-    path = folder / "toy.toml"
-    path.write_text(TOY.format(task=task, train=train, search=search, more=more))
+def toy_recipe(path: Path, data: Path | None = None, **tables: str) -> Path:
+    """Write the recipe `path` of the toy task: lines added to its tables, data from elsewhere."""
+    lines = {"task": "", "train": "", "search": "", "more": "", **tables}
+    path.write_text(TOY.format(**lines, data=f'path = "{data}"' if data else ""))
     return path
+
+
+def toy_data(target: Path) -> Path:
+    """The shard set that the toy recipe would build, made in this process."""
+    context = BuildContext(DataConfig(rows_per_shard=64), 3, Alone(), 1, lambda rows: None)
+    make_task({"name": "toy_task:Toy"}).build_data(target, context)
+    return target
 
 
 def command(*arguments: object) -> list[str]:
@@ -53,7 +70,9 @@ def environment(**changes: str) -> dict[str, str]:
     return {**base, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1", **changes}
 
 
-def dmi(*arguments: object, cwd: Path, code: int = 0, **changes: str) -> subprocess.CompletedProcess:
+def dmi(
+    *arguments: object, cwd: Path, code: int = 0, **changes: str
+) -> subprocess.CompletedProcess:
     """Run `dmi ARGUMENTS` to its end and require its exit code."""
     done = subprocess.run(
         command(*arguments),
@@ -78,3 +97,42 @@ def start(*arguments: object, cwd: Path, **changes: str) -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
+
+
+def wait_for(
+    condition: Callable[[], bool], process: subprocess.Popen, limit_s: float = LIMIT_S
+) -> None:
+    """Poll until `condition` holds; a failure if `process` ends first, or after `limit_s`."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        code = process.poll()
+        assert code is None, f"ended with {code} before time\n{process.communicate()}"
+        assert time.monotonic() < end, f"waited {limit_s} s in vain"
+        time.sleep(0.02)
+
+
+def ended(process: subprocess.Popen, code: int) -> str:
+    """What a started process wrote to stderr, once it ended with `code`."""
+    out, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return err
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """All processes that a started one has started, and those have."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def assert_gone(processes: Sequence[psutil.Process], limit_s: float = 60) -> None:
+    """None of them may live longer than `limit_s`."""
+    end = time.monotonic() + limit_s
+    while alive := [p for p in processes if _alive(p)]:
+        assert time.monotonic() < end, f"left behind: {alive}"
+        time.sleep(0.1)
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

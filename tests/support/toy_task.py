@@ -1,6 +1,7 @@
 """A user's own task, as small as one can be: what plugs in without touching DMI-HPC.
 
-Eight numbers in, a smooth function of them out. `fault` makes its code fail in chosen ways.
+Eight numbers in, a smooth function of them out. `fault` makes its code fail in chosen ways; `faults`
+does so for batches of a given number of rows, that is for some networks of a search.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,11 +24,15 @@ from dmi_hpc.models.spec import Activation, Dense, NetworkSpec
 from dmi_hpc.tasks.base import Array, Baseline, BuildContext, Fields, Quantity, Task
 
 WIDTH = 8
+SLOW_S, STUCK_S = 0.01, 2.5  # a batch
+
+Fault = Literal["none", "exception", "nan", "die", "slow", "stuck"]
 
 
 class ToyOptions(Config):
     samples: int = 200
-    fault: Literal["none", "exception", "nan", "die", "slow"] = "none"
+    fault: Fault = "none"
+    faults: Mapping[int, Fault] = {}
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Toy(Task):
         )
 
     def inputs(self, fields: Fields) -> Array:
-        match self.options.fault:
+        match self.options.faults.get(len(fields["x"]), self.options.fault):
             case "exception":
                 raise ZeroDivisionError("the user's own bug")
             case "nan":
@@ -78,7 +84,9 @@ class Toy(Task):
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "slow":
-                time.sleep(0.01)
+                time.sleep(SLOW_S)
+            case "stuck":
+                time.sleep(STUCK_S)
         return fields["x"]
 
     def published_network(self) -> NetworkSpec:
@@ -95,7 +103,7 @@ class Toy(Task):
             ),
             hyper={
                 "learning_rate": FloatRange(low=1e-3, high=1e-1, log=True),
-                "batch_size": Choice(values=(8, 16, 32), ordered=True),
+                "batch_size": Choice(values=(8, 16, 32, 64), ordered=True),
             },
             founders=(Founder(name="toy", network=self.published_network()),),
         )

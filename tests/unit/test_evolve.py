@@ -177,3 +177,15 @@ def test_evolution_beats_random_search_and_the_surrogate_beats_plain_evolution()
     screened = medians(8, 200)
     assert plain < 0.75 * random
     assert screened < 0.95 * plain
+
+
+def test_networks_over_the_flop_limit_are_not_proposed():
+    limit = 3e7
+    space = SPACE.model_copy(update={"founders": (founder("large", 64, 128),)})
+    config = EvolutionConfig(seed=1, initial=8, max_flops=limit)
+    evolution = Evolution(space, config, DEFAULTS)
+    for _ in range(40):
+        proposal = evolution.ask()
+        flops = genome_cost(proposal.genome, NETWORK).flops
+        assert (flops > limit) == (proposal.origin == "founder")
+        evolution.tell(proposal.id, Success(1 / flops))
