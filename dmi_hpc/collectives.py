@@ -15,6 +15,7 @@ from datetime import timedelta
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -68,7 +69,7 @@ def _rendezvous(world: World) -> str:
     if world.source in ("openmpi", "pmi"):
         from mpi4py import MPI
 
-        address = _free_address() if world.is_first else ""
+        address = _free_address(world) if world.is_first else ""
         return str(MPI.COMM_WORLD.bcast(address, root=0))
     raise LaunchError(
         f"{world.size} ranks (source: {world.source}) but no MASTER_ADDR and MASTER_PORT: set both "
@@ -76,8 +77,22 @@ def _rendezvous(world: World) -> str:
     )
 
 
-def _free_address() -> str:
-    host = socket.gethostbyname(socket.gethostname())
+def _free_address(world: World) -> str:
+    """A free port of this node: on loopback if all ranks are here, else on its first other address.
+
+    The host name is not asked: on Debian it resolves to 127.0.1.1, which other nodes cannot reach.
+    """
+    host = "127.0.0.1"
+    if world.local_size < world.size:
+        found = [
+            address.address
+            for addresses in psutil.net_if_addrs().values()
+            for address in addresses
+            if address.family == socket.AF_INET and not address.address.startswith("127.")
+        ]
+        if not found:
+            raise LaunchError("several nodes, but this one has no address besides loopback")
+        host = found[0]
     with socket.socket() as probe:
         probe.bind((host, 0))
         return f"tcp://{host}:{probe.getsockname()[1]}"

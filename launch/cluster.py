@@ -55,8 +55,8 @@ def command_line(arguments: Sequence[str]) -> list[str]:
 def run(job: Job) -> None:
     """Run `job` to its end.
 
-    Raises LaunchError naming the rank that failed and the end of its log, and
-    SystemExit(75) if the job was stopped by a signal after saving its state.
+    Raises LaunchError naming the rank that failed first and the end of its log, and
+    SystemExit(75) if the job was stopped by a signal: the same call continues it.
     """
     job.logs.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix="dmi-job-"))
@@ -64,15 +64,14 @@ def run(job: Job) -> None:
         with stop_on_signals() as stop:
             processes = [_start(job, rank, f"file://{folder}/store") for rank in range(job.ranks)]
             try:
-                codes = _wait(processes, stop)
+                failed = _wait(processes, stop)
             finally:
                 _end(processes, signal.SIGKILL)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    failed = [rank for rank, code in enumerate(codes) if code not in (0, EXIT_INTERRUPTED)]
-    if failed:
-        raise LaunchError(_explain(job, failed[0], codes[failed[0]]))
-    if EXIT_INTERRUPTED in codes:
+    if failed is not None:
+        raise LaunchError(_explain(job, failed, int(processes[failed].returncode)))
+    if stop or EXIT_INTERRUPTED in (process.returncode for process in processes):
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -89,18 +88,33 @@ def _start(job: Job, rank: int, rendezvous: str) -> subprocess.Popen[bytes]:
         )
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], stop: StopFlag) -> list[int]:
-    """Exit codes once all have ended. A failed rank, or a signal, ends the rest in good time."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]], stop: StopFlag) -> int | None:
+    """Stand by until all have ended; returns the rank that failed first, None if none did.
+
+    A failed rank, or a signal, ends the rest in good time.
+    """
     deadline: float | None = None
-    while any(process.poll() is None for process in processes):
-        failed = any(p.returncode not in (None, 0, EXIT_INTERRUPTED) for p in processes)
-        if (stop or failed) and deadline is None:
+    culprit: int | None = None
+    while True:
+        running = any(process.poll() is None for process in processes)
+        if culprit is None:
+            culprit = _failed(processes, stop)
+        if not running:
+            return culprit
+        if (stop or culprit is not None) and deadline is None:
             deadline = time.monotonic() + GRACE_S
             _end(processes, signal.SIGTERM)
         if deadline is not None and time.monotonic() > deadline:
             _end(processes, signal.SIGKILL)
         time.sleep(POLL_S)
-    return [int(process.returncode) for process in processes]
+
+
+def _failed(processes: Sequence[subprocess.Popen[bytes]], stop: StopFlag) -> int | None:
+    """A rank that has failed; one that was killed first: the others fail because they miss it."""
+    # a stage without anything to save ends by the signal itself
+    fine = (None, 0, EXIT_INTERRUPTED, *((-signal.SIGTERM,) if stop else ()))
+    failed = [rank for rank, p in enumerate(processes) if p.returncode not in fine]
+    return min(failed, key=lambda rank: (processes[rank].returncode > 0, rank), default=None)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:

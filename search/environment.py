@@ -18,6 +18,7 @@ VARIABLES = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # our own handler asks for an orderly end
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # failures are outcomes, in the journal
     "TUNE_WARN_THRESHOLD_S": "60",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own state is not used
 }
@@ -50,7 +51,12 @@ def ray_environment() -> Iterator[Path]:
             token = folder / "token"
             token.touch(mode=0o600)
             token.write_text(secrets.token_hex(32))
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+            os.environ.update(
+                RAY_AUTH_MODE="token",
+                RAY_AUTH_TOKEN_PATH=str(token),
+                # how long agents outlive a killed driver; all is on one machine
+                RAY_gcs_rpc_server_reconnect_timeout_s="5",
+            )
         try:
             yield folder
         finally:

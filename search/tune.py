@@ -120,6 +120,7 @@ def cluster(workers: int, threads: int, folder: Path) -> Iterator[None]:
     folder: for Ray's sockets and logs; short, its path is part of socket names.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials: see the journal
     common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")
     try:

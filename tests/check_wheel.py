@@ -11,7 +11,9 @@ DATA = {"dmi_hpc/py.typed", "search/py.typed", "launch/py.typed", "dmi_hpc/repor
 
 with tempfile.TemporaryDirectory() as folder:
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", folder], check=True, capture_output=True
+        [sys.executable, "-m", "build", "--wheel", "--outdir", folder],
+        check=True,
+        capture_output=True,
     )
     (wheel,) = Path(folder).glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())

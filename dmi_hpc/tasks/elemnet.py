@@ -127,20 +127,22 @@ class ElemNet(Task):
     def read_inputs(self, path: Path) -> tuple[list[str], dict[str, Array]]:
         """A CSV with a column `formula`."""
         try:
-            table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+            # NaN is sodium nitride; empty lines count in the numbers of the lines
+            table = pandas.read_csv(path, dtype=str, na_filter=False, skip_blank_lines=False)
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: not a readable CSV: {error}") from None
         if "formula" not in table.columns:
             raise DataError(
                 f"{path}: expected a column 'formula', found {', '.join(map(str, table.columns))}"
             )
-        labels = [str(text) for text in table["formula"]]
-        rows = []
-        for line, text in enumerate(labels, start=2):
+        empty = (table == "").all(axis=1)
+        labels, rows = [], []
+        for line, text in zip(table.index[~empty] + 2, table["formula"][~empty], strict=True):
             try:
                 rows.append(element_fractions(text))
             except DataError as error:
-                raise DataError(f"{path}, line {line}: {error}") from None
+                raise DataError(f"{path}, line {line}: {text!r}: {error}") from None
+            labels.append(text)
         if not rows:
             raise DataError(f"{path}: no formulas in it")
         return labels, {"fractions": np.stack(rows)}

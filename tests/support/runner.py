@@ -20,7 +20,7 @@ SUPPORT = Path(__file__).parent
 LIMIT_S = 150
 
 TOY = """\
-seed = 3
+seed = {seed}
 [task]
 name = "toy_task:Toy"
 {task}
@@ -29,27 +29,28 @@ rows_per_shard = 64
 processes = 1
 {data}
 [train]
-epochs = 6
+{train}
 batch_size = 20
 learning_rate = 1e-2
-patience = 50
 threads = 1
-{train}
 [search]
-evaluations = 10
-initial = 5
+{search}
 population = 6
 epochs = 2
-workers = 2
-{search}
-{more}
 """
 
 
-def toy_recipe(path: Path, data: Path | None = None, **tables: str) -> Path:
-    """Write the recipe `path` of the toy task: lines added to its tables, data from elsewhere."""
-    lines = {"task": "", "train": "", "search": "", "more": "", **tables}
-    path.write_text(TOY.format(**lines, data=f'path = "{data}"' if data else ""))
+def toy_recipe(
+    path: Path,
+    data: Path | None = None,
+    task: str = "",
+    train: str = "epochs = 6",
+    search: str = "evaluations = 6\ninitial = 4\nworkers = 2",
+    seed: int = 3,
+) -> Path:
+    """Write the recipe `path` of the toy task: lines of its tables, and data from elsewhere."""
+    where = f'path = "{data}"' if data else ""
+    path.write_text(TOY.format(task=task, data=where, train=train, search=search, seed=seed))
     return path
 
 

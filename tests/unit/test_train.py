@@ -207,5 +207,3 @@ def test_weights_of_another_network_are_refused(data, tmp_path):
     fit(job_of(data, tmp_path), Watch(), resume=False, warn=print)
     with pytest.raises(CheckpointError, match="does not fit the network"):
         checkpoint.load_weights(checkpoint.all_in(tmp_path)[-1], torch.nn.Linear(3, 3))
-
-

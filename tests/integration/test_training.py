@@ -1,0 +1,146 @@
+"""Training by real processes: ranks, engines, signals, kills, and a loss that is not a number."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+from runner import (
+    SUPPORT,
+    assert_gone,
+    dmi,
+    ended,
+    environment,
+    family,
+    start,
+    toy_data,
+    toy_recipe,
+    wait_for,
+)
+
+from dmi_hpc.files import read_json_lines
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # several trainings in a row
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return toy_data(tmp_path_factory.mktemp("toy") / "data")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """An uninterrupted training with DeepSpeed on one rank."""
+    folder = tmp_path_factory.mktemp("whole")
+    dmi("train", toy_recipe(folder / "toy.toml", data), "--out", folder / "run", cwd=folder)
+    return folder / "run"
+
+
+def status(run):
+    return json.loads((run / "train" / "status.json").read_text())
+
+
+def losses(run):
+    lines = read_json_lines(run / "train" / "metrics.jsonl")
+    assert [line["epoch"] for line in lines] == list(range(6))
+    return [x for line in lines for x in (line["train_loss"], line["validation_mae"])]
+
+
+def epochs(run):
+    return len(read_json_lines(run / "train" / "metrics.jsonl"))
+
+
+def test_two_ranks_and_both_engines_give_the_same_losses(data, whole, tmp_path):
+    """The global batch decides: neither the ranks that share it nor the engine."""
+    recipe = toy_recipe(tmp_path / "toy.toml", data)
+    dmi("launch", "train", recipe, "--out", tmp_path / "two", "-n", 2, cwd=tmp_path)
+    assert (status(tmp_path / "two")["ranks"], status(tmp_path / "two")["launcher"]) == (
+        2,
+        "torchrun",
+    )
+    assert losses(tmp_path / "two") == pytest.approx(losses(whole), rel=1e-6)
+    plain = toy_recipe(tmp_path / "plain.toml", data, train='epochs = 6\nengine = "torch"')
+    dmi("train", plain, "--out", tmp_path / "plain", cwd=tmp_path)
+    assert losses(tmp_path / "plain") == pytest.approx(losses(whole), rel=1e-6)
+
+
+def test_engines_equal_plain_torch(tmp_path):
+    """No clipping unless asked, and adam with weight decay is Adam: DeepSpeed's defaults differ."""
+    done = subprocess.run(
+        [sys.executable, "-P", SUPPORT / "engine_twins.py"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for engine in ("deepspeed", "torch"):
+        for optimizer in ("adam", "adamw", "sgd"):
+            assert found[f"{engine} {optimizer}"] < 1e-6
+    assert found["clipped twins"] < 1e-6
+    assert found["clipping"] > 1e-3
+    assert found["adam - adamw"] > 1e-3
+
+
+def test_stopped_or_killed_and_resumed_gives_the_weights_of_an_uninterrupted_run(
+    data, whole, tmp_path
+):
+    recipe, run = toy_recipe(tmp_path / "toy.toml", data, 'fault = "slow"'), tmp_path / "run"
+    process = start("train", recipe, "--out", run, cwd=tmp_path)
+    wait_for(lambda: epochs(run) >= 1, process)
+    process.send_signal(signal.SIGTERM)
+    assert "interrupted: stopped at epoch" in ended(process, 75)
+    assert status(run) == {"state": "interrupted"}
+    assert (
+        "--resume continues it" in dmi("train", recipe, "--out", run, cwd=tmp_path, code=2).stderr
+    )
+    before = epochs(run)
+    process = start("train", recipe, "--out", run, "--resume", cwd=tmp_path)
+    wait_for(lambda: epochs(run) > before, process)
+    process.kill()
+    ended(process, -signal.SIGKILL)
+    assert status(run) == {"state": "running"}
+    dmi("train", recipe, "--out", run, "--resume", cwd=tmp_path)
+    assert losses(run) == losses(whole)
+    assert status(run)["weights_xxh3"] == status(whole)["weights_xxh3"]
+
+
+def test_ranks_stop_together_and_a_dead_rank_ends_the_job(data, tmp_path):
+    recipe = toy_recipe(tmp_path / "toy.toml", data, 'fault = "slow"', train="epochs = 1000")
+    run = tmp_path / "run"
+    arguments = ("launch", "train", recipe, "--out", run, "-n", 2)
+    process = start(*arguments, cwd=tmp_path)
+    wait_for(lambda: epochs(run) >= 1, process)
+    ranks = family(process)
+    process.send_signal(signal.SIGTERM)
+    assert "--resume continues" in ended(process, 75)
+    assert_gone(ranks)
+    assert status(run) == {"state": "interrupted"}
+    before = epochs(run)
+    process = start(*arguments, cwd=tmp_path)
+    wait_for(lambda: epochs(run) > before, process)
+    ranks = family(process)
+    victim = next(r for r in ranks if _rank(r) == "1")
+    os.kill(victim.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    assert "rank 1 of 2 was killed by signal 9" in ended(process, 2)
+    assert_gone(ranks)
+
+
+def _rank(process: psutil.Process) -> str:
+    return process.environ().get("RANK", "")
+
+
+def test_a_loss_that_is_not_finite_is_a_typed_failure(data, tmp_path):
+    recipe = toy_recipe(tmp_path / "toy.toml", data, 'fault = "nan"')
+    done = dmi("train", recipe, "--out", tmp_path / "run", cwd=tmp_path, code=1)
+    assert done.stderr.startswith("failed (nan): loss is nan at epoch 0")
+    assert "Traceback" not in done.stderr
+    state = status(tmp_path / "run")
+    assert (state["state"], state["failure"]) == ("failed", "nan")
+    assert "epoch 0" in state["message"]
