@@ -7,7 +7,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: quickstart test check clean
 
@@ -27,15 +26,18 @@ check: $(VENV)/.ready-dev
 clean:
 	rm -rf $(VENV) build dist
 
-# The environment itself. Debian without python3-venv: the system's pip fills it from outside.
+# The environment itself. It sees the packages of $(PYTHON) only if a suitable torch is among them.
+# Debian without python3-venv: the system's pip fills it from outside.
+HAS_TORCH = -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2>/dev/null
+
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11; choose another: make PYTHON=python3.12" >&2; exit 2; }
-	@site=$$($(PYTHON) -c 'import torch; from packaging.version import Version as V; print("--system-site-packages" if V(torch.__version__) >= V("2.11") else "")' 2>/dev/null); \
+	@site=; if $(PYTHON) $(HAS_TORCH); then site=--system-site-packages; fi; \
 	  $(PYTHON) -m venv $$site $(VENV) >/dev/null 2>&1 || \
 	  { rm -rf $(VENV); $(PYTHON) -m venv $$site --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; } || \
-	  { rm -rf $(VENV); echo "error: cannot make an environment; install python3-venv (or python3-pip)" >&2; exit 2; }; \
-	  if [ -n "$$site" ]; then grep -v '^torch==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
+	  { rm -rf $(VENV); echo "error: cannot make an environment; install python3-venv (or python3-pip)" >&2; exit 2; }
+	@if $(BIN)/python $(HAS_TORCH); then grep -v '^torch==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
 	@touch $@
 
 # torch first: deepspeed looks for it while it is built

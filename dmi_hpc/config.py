@@ -72,6 +72,13 @@ class TrainConfig(Config):
     threads: int | Literal["auto"] = Field("auto", description="CPU threads of a rank")
     keep_checkpoints: int = Field(2, ge=1, description="newest ones kept, besides the best")
 
+    def threads_of_rank(self, local_size: int) -> int:
+        """CPU threads of one of `local_size` ranks: as said, or OMP_NUM_THREADS, or its share."""
+        if self.threads != "auto":
+            return self.threads
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        return int(given) if given.isdigit() and int(given) > 0 else cores_per_rank(local_size)
+
 
 class SearchConfig(Config):
     """An asynchronous genetic search for the network and its training hyper-parameters."""

@@ -8,8 +8,8 @@ import os
 # inside an allocation, or a tool started beside the ranks.
 WORLD = "DMI_WORLD"
 
-# A URL for torch.distributed (file:///... or tcp://host:port). The local launcher sets a file in the
-# run folder: no port to choose, so two jobs on one machine can never meet.
+# A URL for torch.distributed (file:///... or tcp://host:port). The local launcher sets a file in a
+# private folder: no port to choose, so two jobs on one machine can never meet.
 RENDEZVOUS = "DMI_RENDEZVOUS"
 
 # Seconds a collective may wait for a missing rank before it fails.
@@ -17,10 +17,6 @@ COLLECTIVE_TIMEOUT_S = "DMI_COLLECTIVE_TIMEOUT_S"
 
 # Traceback of user errors too, for developers.
 DEBUG = "DMI_DEBUG"
-
-
-def world_is_single() -> bool:
-    return os.environ.get(WORLD, "") == "single"
 
 
 def rendezvous() -> str | None:

@@ -43,7 +43,6 @@ def rank_environment(job: Job, rank: int, rendezvous: str) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(job.ranks),
         "GROUP_RANK": "0",
         knobs.RENDEZVOUS: rendezvous,
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // job.ranks)),
     }
 
 
@@ -96,7 +95,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], stop: StopFlag) -> int |
     deadline: float | None = None
     culprit: int | None = None
     while True:
-        running = any(process.poll() is None for process in processes)
+        running = [process for process in processes if process.poll() is None]
         if culprit is None:
             culprit = _failed(processes, stop)
         if not running:

@@ -14,7 +14,7 @@ from dmi_hpc.errors import EXIT_INTERRUPTED, DataError, Interrupted, RunError
 from dmi_hpc.run import Run, record_command
 from dmi_hpc.watch import StopFlag, console, progress_bar, say, stop_on_signals
 from search.driver import Driver, exclusive
-from search.environment import ray_environment
+from search.environment import ray_environment, with_absolute_import_paths
 
 app = new_app()
 
@@ -74,6 +74,7 @@ def _search(run: Run, stop: StopFlag) -> None:
 def _run(run: Run, driver: Driver, unit: str, stop: StopFlag) -> None:
     display, data = _Display(driver, unit), run.data.resolve()
     # Ray puts the working folder on its workers' import path: a user's own search.py would win
+    with_absolute_import_paths()
     os.chdir(run.search)
     with ray_environment() as folder:
         from search.tune import TrialContext, cluster, run_trials

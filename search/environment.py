@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,15 @@ VARIABLES = {
 
 
 PREFIX = "dmi-ray-"
+
+
+def with_absolute_import_paths() -> None:
+    """Make relative entries of the import path absolute: workers run in other folders."""
+    sys.path[:] = [str(Path(entry).absolute()) for entry in sys.path]
+    given = os.environ.get("PYTHONPATH")
+    if given:
+        entries = (str(Path(entry).absolute()) for entry in given.split(os.pathsep) if entry)
+        os.environ["PYTHONPATH"] = os.pathsep.join(entries)
 
 
 def _remove_stale() -> None:
@@ -51,12 +61,7 @@ def ray_environment() -> Iterator[Path]:
             token = folder / "token"
             token.touch(mode=0o600)
             token.write_text(secrets.token_hex(32))
-            os.environ.update(
-                RAY_AUTH_MODE="token",
-                RAY_AUTH_TOKEN_PATH=str(token),
-                # how long agents outlive a killed driver; all is on one machine
-                RAY_gcs_rpc_server_reconnect_timeout_s="5",
-            )
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
         try:
             yield folder
         finally:

@@ -61,7 +61,7 @@ class EvolutionConfig(Config):
     surrogate: bool = True
     pool: int = Field(32, ge=1, description="candidates among which the surrogate chooses")
     unfiltered: float = Field(0.1, ge=0, le=1, description="share of children it does not see")
-    max_flops: float | None = Field(None, gt=0, description="of one forward pass; founders may")
+    max_flops: float | None = Field(None, gt=0, description="of a forward pass; not for founders")
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Evolution:
     def _new_founder(self) -> _Candidate | None:
         while self._waiting:
             candidate = _Candidate(self._waiting.popleft(), "founder", ())
-            if self._is_wanted(candidate):
+            if self._is_new(candidate):
                 return candidate
         return None
 

@@ -40,7 +40,7 @@ def _train(run: Run, world: World, device: Any, resume: bool) -> None:
     import torch
 
     from dmi_hpc import collectives
-    from dmi_hpc.config import cores_per_rank, with_train
+    from dmi_hpc.config import with_train
     from dmi_hpc.errors import DataError, RunError
     from dmi_hpc.problem import Problem
     from dmi_hpc.tasks import make_task
@@ -55,9 +55,7 @@ def _train(run: Run, world: World, device: Any, resume: bool) -> None:
         )
     if not (run.data / "manifest.json").exists():
         raise DataError(f"{run.data}: no data set. First: dmi data build RECIPE --out {run.folder}")
-    torch.set_num_threads(
-        cores_per_rank(world.local_size) if config.threads == "auto" else config.threads
-    )
+    torch.set_num_threads(config.threads_of_rank(world.local_size))
     collectives.barrier()
     if world.is_first:
         run.train.mkdir(exist_ok=True)

@@ -184,8 +184,9 @@ def test_networks_over_the_flop_limit_are_not_proposed():
     space = SPACE.model_copy(update={"founders": (founder("large", 64, 128),)})
     config = EvolutionConfig(seed=1, initial=8, max_flops=limit)
     evolution = Evolution(space, config, DEFAULTS)
-    for _ in range(40):
+    for number in range(40):
         proposal = evolution.ask()
+        assert (proposal.origin == "founder") == (number == 0)
         flops = genome_cost(proposal.genome, NETWORK).flops
         assert (flops > limit) == (proposal.origin == "founder")
         evolution.tell(proposal.id, Success(1 / flops))

@@ -1,0 +1,119 @@
+"""What `dmi launch` starts: stages, ranks, environments; and what it makes of exit codes."""
+
+import os
+import signal
+import sys
+
+import pytest
+
+from dmi_hpc.config import Recipe
+from dmi_hpc.errors import LaunchError
+from dmi_hpc.world import World, detect
+from launch import cluster
+from launch.cli import job_of, ranks_of, stages_of
+from launch.cluster import Job, command_line, rank_environment
+
+
+def recipe(**tables):
+    return Recipe.model_validate({"name": "a", "task": {"name": "toy_task:Toy"}, **tables})
+
+
+@pytest.mark.parametrize(
+    ("tables", "stages"),
+    [
+        ({}, ("data", "train", "evaluate", "report")),
+        ({"data": {"path": "x"}}, ("train", "evaluate", "report")),
+        (
+            {"model": {"source": "search"}},
+            ("data", "search", "train", "evaluate", "report"),
+        ),
+        (
+            {"model": {"source": "search"}, "data": {"path": "x"}},
+            ("search", "train", "evaluate", "report"),
+        ),
+    ],
+)
+def test_stages_follow_the_recipe(tables, stages):
+    assert stages_of(recipe(**tables)) == stages
+
+
+def test_ranks_follow_the_recipe_then_the_machine(monkeypatch):
+    assert ranks_of(recipe(launch={"ranks": 3})) == 3
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for cores, ranks in ((1, 1), (2, 2), (64, 2)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)))
+        assert ranks_of(recipe()) == ranks
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert ranks_of(recipe()) == 4
+
+
+def test_only_training_gets_ranks_and_interrupted_stages_are_resumed(tmp_path):
+    jobs = {s: job_of(s, tmp_path / "r.toml", tmp_path, 4) for s in ("data", "train", "report")}
+    assert {s: job.ranks for s, job in jobs.items()} == {"data": 1, "train": 4, "report": 1}
+    assert jobs["train"].arguments[-1] == "--resume"
+    assert jobs["data"].arguments[:2] == ("data", "build")
+
+
+def test_each_rank_finds_its_world(tmp_path):
+    job = Job(("train",), 3, tmp_path)
+    for rank in range(3):
+        found = detect(rank_environment(job, rank, "file:///x"))
+        assert found == World(rank, 3, rank, 3, 0, "torchrun")
+    assert rank_environment(job, 0, "file:///x")["DMI_RENDEZVOUS"] == "file:///x"
+    assert command_line(["info"]) == [sys.executable, "-P", "-m", "dmi_hpc", "info"]
+
+
+def job_running(monkeypatch, tmp_path, code, ranks=2):
+    """A job whose ranks run this Python code, with `rank` set."""
+    head = "import os, signal, sys, time; rank = int(os.environ.get('RANK', 0))\n"
+    monkeypatch.setattr(cluster, "command_line", lambda a: [sys.executable, "-c", head + code])
+    return Job(("train", "r.toml"), ranks, tmp_path / "logs")
+
+
+def test_a_job_that_ends_well_returns(monkeypatch, tmp_path):
+    cluster.run(job_running(monkeypatch, tmp_path, "time.sleep(rank / 10)"))
+
+
+def test_the_failed_rank_is_named_with_its_log_and_the_others_are_ended(monkeypatch, tmp_path):
+    code = "rank == 1 and sys.exit('no such volume'); time.sleep(60)"
+    with pytest.raises(LaunchError) as caught:
+        cluster.run(job_running(monkeypatch, tmp_path, code))
+    assert "'dmi train r.toml': rank 1 of 2 ended with exit code 1" in str(caught.value)
+    assert "no such volume" in str(caught.value)
+
+
+def test_a_killed_rank_is_named_before_those_that_failed_for_missing_it(monkeypatch, tmp_path):
+    code = "rank == 1 and os.kill(os.getpid(), signal.SIGKILL); sys.exit(1)"
+    monkeypatch.setattr(cluster, "POLL_S", 1.0)
+    with pytest.raises(LaunchError, match="rank 1 of 2 was killed by signal 9"):
+        cluster.run(job_running(monkeypatch, tmp_path, code))
+
+
+def test_a_rank_that_ignores_the_end_is_killed(monkeypatch, tmp_path):
+    code = "signal.signal(signal.SIGTERM, signal.SIG_IGN); rank and sys.exit(3); time.sleep(60)"
+    monkeypatch.setattr(cluster, "GRACE_S", 0.5)
+    with pytest.raises(LaunchError, match="rank 1 of 2 ended with exit code 3"):
+        cluster.run(job_running(monkeypatch, tmp_path, code))
+
+
+@pytest.mark.parametrize("code", ["time.sleep(60)", "time.sleep(1)"])
+def test_a_signal_reaches_the_ranks_and_ends_the_launcher_with_75(monkeypatch, tmp_path, code):
+    """By the signal itself too: a stage that has nothing to save does not catch it."""
+    job = job_running(monkeypatch, tmp_path, code)
+    real = cluster._wait
+
+    def signalled(processes, stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(processes, stop)
+
+    monkeypatch.setattr(cluster, "_wait", signalled)
+    with pytest.raises(SystemExit) as ended:
+        cluster.run(job)
+    assert ended.value.code == 75
+
+
+def test_states_that_ranks_saved_end_the_launcher_with_75(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        cluster.run(job_running(monkeypatch, tmp_path, "sys.exit(75)"))
+    assert ended.value.code == 75
