@@ -36,14 +36,14 @@ def console() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def progress_bar(out: Console) -> Progress:
-    """A bar that is drawn only on a terminal."""
+def progress_bar(out: Console, *, remaining: bool = True) -> Progress:
+    """A bar that is drawn only on a terminal. remaining: with rich's estimate of the time left."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        *([TimeRemainingColumn()] if remaining else []),
         TextColumn("{task.fields[note]}"),
         console=out,
         disable=not out.is_terminal,

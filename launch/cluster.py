@@ -71,6 +71,7 @@ def run(job: Job) -> None:
     if failed is not None:
         raise LaunchError(_explain(job, failed, int(processes[failed].returncode)))
     if stop or EXIT_INTERRUPTED in (process.returncode for process in processes):
+        sys.stderr.write("launch stopped: finished parts are kept; the same dmi launch continues\n")
         sys.exit(EXIT_INTERRUPTED)
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from datetime import timedelta
 
 from dmi_hpc.cli.options import Out, RecipeFile, Resume, new_app, run_of
 from dmi_hpc.config import SearchConfig
@@ -80,8 +81,10 @@ def _run(run: Run, driver: Driver, unit: str, stop: StopFlag) -> None:
         from search.tune import TrialContext, cluster, run_trials
 
         with cluster(driver.progress.workers, run.recipe.search.trial_threads, folder), display:
-            stop.arm(lambda: _leave_soon(driver))  # Ray has put a handler over ours that dumps and dies
-            run_trials(driver, TrialContext(run.recipe, data, folder), display.show, lambda: bool(stop))
+            # Ray has put a handler over ours that dumps and dies
+            stop.arm(lambda: _leave_soon(driver))
+            context = TrialContext(run.recipe, data, folder)
+            run_trials(driver, context, display.show, lambda: bool(stop))
 
 
 def _leave_soon(driver: Driver) -> None:
@@ -107,7 +110,7 @@ class _Display:
 
     def __init__(self, driver: Driver, unit: str) -> None:
         self._driver, self._unit, self._out = driver, unit, console()
-        self._bar = progress_bar(self._out)
+        self._bar = progress_bar(self._out, remaining=False)  # the note has a better one
         self._line = self._bar.add_task("search", total=driver.progress.budget, note="")
         self._shown_at, self._printed = 0.0, 0
 
@@ -128,7 +131,7 @@ class _Display:
             parts.append(f"best {best[1]:.4g} {self._unit}")
         parts.append(f"workers {100 * p.utilisation:.0f} % busy")
         if p.remaining_s is not None:
-            parts.append(f"{p.remaining_s:.0f} s left")
+            parts.append(f"{timedelta(seconds=round(p.remaining_s))} left")
         return ", ".join(parts)
 
     def show(self) -> None:

@@ -188,7 +188,9 @@ class Evolution:
     def _is_wanted(self, candidate: _Candidate) -> bool:
         """New, and cheap enough: a network over the limit is not even proposed."""
         limit = self.config.max_flops
-        affordable = limit is None or genome_cost(candidate.genome, self.space.network).flops <= limit
+        affordable = (
+            limit is None or genome_cost(candidate.genome, self.space.network).flops <= limit
+        )
         return affordable and self._is_new(candidate)
 
     def _new_founder(self) -> _Candidate | None:

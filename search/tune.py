@@ -29,6 +29,8 @@ from search.trial import Evaluator, TrialOutcome
 
 # Enough for Tune's few small objects; networks and data never pass through it.
 OBJECT_STORE_BYTES = 100_000_000
+
+
 @dataclass(frozen=True)
 class TrialContext:
     """What every worker needs; put once into Ray's object store."""

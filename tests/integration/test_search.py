@@ -70,24 +70,24 @@ def test_kill_and_signals_then_resume_end_with_the_same_evaluations(data, tmp_pa
 
 
 def test_every_kind_of_failure_is_an_outcome_and_the_search_goes_on(data, tmp_path):
+    """But the time limit, which tests/unit/test_trial.py has: here a busy machine would decide."""
     recipe = toy_recipe(
         tmp_path / "toy.toml",
         data,
-        'faults = { 8 = "exception", 16 = "nan", 32 = "die", 64 = "stuck" }',
+        'faults = { 8 = "exception", 16 = "nan", 32 = "die" }',
         search="""workers = 2
 evaluations = 9
 initial = 9
-trial_time_limit_s = 5
 trial_memory_GB = 1e-4""",
         seed=6,  # of the random networks: all kinds are among the first nine
     )
     run = tmp_path / "run"
     done = dmi("search", recipe, "--out", run, cwd=tmp_path)
-    assert "9 evaluations (8 failed)" in done.stdout
+    assert "9 evaluations (7 failed)" in done.stdout
     assert "Traceback" not in done.stderr
     sizes = {ask["id"]: ask["genome"]["hyper"]["batch_size"] for ask in events(run, "ask")}
     found = [(sizes[tell["id"]], tell.get("failure")) for tell in events(run, "tell")]
-    kinds = {8: "exception", 16: "nan", 20: None, 32: "lost", 64: "timeout"}
+    kinds = {8: "exception", 16: "nan", 20: None, 32: "lost", 64: None}
     assert sum(kind == "memory" for _, kind in found) == 1
     assert all(kind in (kinds[size], "memory") for size, kind in found)
     assert {kind for _, kind in found} == {*kinds.values(), "memory"}

@@ -24,9 +24,9 @@ from dmi_hpc.models.spec import Activation, Dense, NetworkSpec
 from dmi_hpc.tasks.base import Array, Baseline, BuildContext, Fields, Quantity, Task
 
 WIDTH = 8
-SLOW_S, STUCK_S = 0.01, 2.5  # a batch
+SLOW_S = 0.01  # a batch
 
-Fault = Literal["none", "exception", "nan", "die", "slow", "stuck"]
+Fault = Literal["none", "exception", "nan", "die", "slow"]
 
 
 class ToyOptions(Config):
@@ -85,8 +85,6 @@ class Toy(Task):
                 os.kill(os.getpid(), signal.SIGKILL)
             case "slow":
                 time.sleep(SLOW_S)
-            case "stuck":
-                time.sleep(STUCK_S)
         return fields["x"]
 
     def published_network(self) -> NetworkSpec:

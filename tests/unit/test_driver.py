@@ -97,9 +97,9 @@ def test_no_trial_starts_after_the_time_limit(tmp_path):
 
 
 def test_a_second_search_in_a_folder_is_refused(tmp_path):
-    with exclusive(tmp_path):
-        with pytest.raises(RunError, match="another search is running here"), exclusive(tmp_path):
-            pass
+    refused = pytest.raises(RunError, match="another search is running here")
+    with exclusive(tmp_path), refused, exclusive(tmp_path):
+        pass
     with exclusive(tmp_path):  # the lock went with its holder
         pass
 
