@@ -257,8 +257,9 @@ class _Training:
             c.best_mae, c.best_epoch, c.best_step = scores.mae, c.epoch, c.step
         c.epoch, c.loss_sum = c.epoch + 1, 0.0
         self.history.append(epoch)
-        self._save({"validation_mae": scores.mae, "validation_rmse": scores.rmse})
+        # told first: killed between the two, an epoch is told twice rather than never
         self.observer.on_epoch(epoch)
+        self._save({"validation_mae": scores.mae, "validation_rmse": scores.rmse})
 
     def _save(self, metrics: dict[str, float]) -> None:
         """Checkpoint at this step, by rank 0; every rank gives its random state and loss share."""

@@ -6,6 +6,7 @@ ends the others, signals are passed on. Only processes started here are ever end
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -80,12 +81,25 @@ def _start(job: Job, rank: int, rendezvous: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, **own}
     command = command_line(job.arguments)
     # own session: a Ctrl-C of the terminal reaches the launcher alone, which passes it on once
-    if rank == 0:
-        return subprocess.Popen(command, env=environment, start_new_session=True)
     with (job.logs / f"rank-{rank}.log").open("ab") as log:
+        output = None if rank == 0 else log
         return subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
+            command,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=_end_with_the_launcher,
         )
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _end_with_the_launcher() -> None:
+    """In the child: a launcher killed by kill -9 leaves SIGTERM to its ranks, so that they save."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], stop: StopFlag) -> int | None:

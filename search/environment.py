@@ -49,8 +49,8 @@ def _remove_stale() -> None:
 def ray_environment() -> Iterator[Path]:
     """A short private folder for Ray's sockets and logs; Ray's variables set while the block runs.
 
-    A cluster of our own asks every client for a token that only this user can read; one that is
-    there already (RAY_ADDRESS) brings its own. Import ray inside the block.
+    A cluster of our own listens on loopback and asks every client for a token that only this user
+    can read; one that is there already (RAY_ADDRESS) brings its own. Import ray inside the block.
     """
     before = dict(os.environ)
     _remove_stale()
@@ -61,7 +61,12 @@ def ray_environment() -> Iterator[Path]:
             token = folder / "token"
             token.touch(mode=0o600)
             token.write_text(secrets.token_hex(32))
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+            os.environ.update(
+                RAY_AUTH_MODE="token",
+                RAY_AUTH_TOKEN_PATH=str(token),
+                # off: every Ray server listens on loopback alone, on Linux too
+                RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+            )
         try:
             yield folder
         finally:

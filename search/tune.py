@@ -134,7 +134,6 @@ def cluster(workers: int, threads: int, folder: Path) -> Iterator[None]:
                 num_cpus=workers * threads,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder),
                 **common,
             )
