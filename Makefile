@@ -14,7 +14,7 @@ quickstart: $(VENV)/.ready
 	$(BIN)/dmi launch all recipes/homogenization_quickstart.toml --out runs/quickstart
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
@@ -37,8 +37,11 @@ $(VENV)/.made:
 	  $(PYTHON) -m venv $$site $(VENV) >/dev/null 2>&1 || \
 	  { rm -rf $(VENV); $(PYTHON) -m venv $$site --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; } || \
 	  { rm -rf $(VENV); echo "error: cannot make an environment; install python3-venv (or python3-pip)" >&2; exit 2; }
-	@if $(BIN)/python $(HAS_TORCH); then grep -v '^torch==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
 	@touch $@
+
+$(VENV)/constraints.txt: $(VENV)/.made constraints.txt
+	@if [ -e $(VENV)/.own-torch ] || ! $(BIN)/python $(HAS_TORCH); \
+	  then touch $(VENV)/.own-torch; cat constraints.txt; else grep -v '^torch==' constraints.txt; fi > $@
 
 # torch first: deepspeed looks for it while it is built
 define install
@@ -48,7 +51,7 @@ define install
 	@touch $@
 endef
 
-$(VENV)/.ready: $(VENV)/.made pyproject.toml constraints.txt
+$(VENV)/.ready: $(VENV)/constraints.txt pyproject.toml
 	$(call install,.)
 
 $(VENV)/.ready-test: $(VENV)/.ready

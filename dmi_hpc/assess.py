@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from dmi_hpc import checkpoint
+from dmi_hpc import checkpoint, collectives
+from dmi_hpc.data.manifest import SplitName, require_identity
 from dmi_hpc.errors import DataError
 from dmi_hpc.evaluate import Scores, predict_fields, score
 from dmi_hpc.files import atomic_folder, write_json, write_text
 from dmi_hpc.models.build import build
+from dmi_hpc.models.cost import BYTES, cost
+from dmi_hpc.models.spec import NetworkSpec
 from dmi_hpc.problem import Problem, TargetScale
 from dmi_hpc.run import Run
 from dmi_hpc.table import csv_text
 from dmi_hpc.tasks import make_task
 from dmi_hpc.tasks.base import Array, Fields, Task
+from dmi_hpc.watch import console
+from dmi_hpc.world import World
 
-EVALUATION_BATCH = 256
+BATCH_BYTES = 1e9  # activations of one batch of predictions
 
 
 @dataclass(frozen=True)
@@ -31,37 +36,55 @@ class Model:
     task: Task
     scale: TargetScale
     module: nn.Module
+    batch_size: int
     checkpoint: str
+    data: str  # identity of the shard set it was trained on; "" if not recorded
+
+    def predict(self, fields: Fields) -> Array:
+        """(n,) predictions in the quantity's unit for fields of n rows."""
+        return predict_fields(self.task, self.scale, self.module, fields, self.batch_size)
+
+
+def batch_size_of(network: NetworkSpec) -> int:
+    """Rows whose activations fill `BATCH_BYTES`; at least one."""
+    return max(1, int(BATCH_BYTES / (BYTES * cost(network).activations)))
 
 
 def load_model(run: Run) -> Model:
-    """The run's best checkpoint. Raises CheckpointError if there is none or it is torn."""
-    path, meta = checkpoint.best(run.checkpoints)
+    """The run's best checkpoint, on the GPU if there is one. CheckpointError if none is whole."""
+    path, meta = checkpoint.best(run.checkpoints, console().print)
     module = build(meta.network)
     checkpoint.load_weights(path, module)
-    module.eval()
-    return Model(make_task(meta.task), meta.scale, module, path.name)
+    module.to(collectives.device_of(World())).eval()
+    batch_size, task = batch_size_of(meta.network), make_task(meta.task)
+    return Model(task, meta.scale, module, batch_size, path.name, meta.data)
 
 
-def assess(run: Run, split: Literal["train", "validation", "test"]) -> dict[str, Any]:
-    """Write evaluation.json, predictions.csv and gallery/ of `run`; returns the evaluation."""
+def assess(run: Run, split: SplitName) -> dict[str, Any]:
+    """Write evaluation.json, predictions.csv and gallery/ of `run`; returns the evaluation.
+
+    Another split than the test split goes to evaluation-SPLIT.json and predictions-SPLIT.csv. Raises
+    DataError if the data set is not the one of the training, or a prediction is not finite.
+    """
     model = load_model(run)
     problem = Problem.open(model.task, run.data)
+    found = problem.shards.manifest.identity
+    require_identity(model.data, found, maker=f"{run.checkpoints / model.checkpoint}")
     fields, truth = problem.split(split)
     if len(truth) < 2:
         raise DataError(f"{run.data}: {len(truth)} rows in split '{split}', at least 2 are needed")
     predictions, seconds = _all_predictions(model, problem, fields)
     labels = {b.name: b.label for b in model.task.baselines()} | {"network": "Network"}
-    scores: Mapping[str, Scores] = {n: score(p, truth) for n, p in predictions.items()}
     evaluation = {
         "split": split,
+        "data": found,
         "rows": len(truth),
         "quantity": model.task.quantity.name,
         "unit": model.task.quantity.unit,
         "checkpoint": model.checkpoint,
         "methods": [
-            {"name": n, "label": labels[n], "seconds": seconds[n], **asdict(s)}
-            for n, s in scores.items()
+            {"name": n, "label": labels[n], "seconds": seconds[n], **_plain(score(p, truth))}
+            for n, p in predictions.items()
         ],
         "published": [asdict(figure) for figure in model.task.published()],
     }
@@ -69,10 +92,17 @@ def assess(run: Run, split: Literal["train", "validation", "test"]) -> dict[str,
     columns = (p.tolist() for p in predictions.values())
     table = zip(rows.tolist(), _labels(problem, rows), truth.tolist(), *columns, strict=True)
     text = csv_text(("row", "label", "truth", *predictions), table)
-    write_text(run.folder / "predictions.csv", text)
-    _gallery(run, model.task, fields, truth, predictions["network"])
-    write_json(run.folder / "evaluation.json", evaluation)
+    suffix = "" if split == "test" else f"-{split}"
+    write_text(run.folder / f"predictions{suffix}.csv", text)
+    if split == "test":
+        _gallery(run, model.task, fields, truth, predictions["network"])
+    write_json(run.folder / f"evaluation{suffix}.json", evaluation)
     return evaluation
+
+
+def _plain(scores: Scores) -> dict[str, float | None]:
+    """For JSON, which knows no nan."""
+    return {k: v if v is not None and math.isfinite(v) else None for k, v in asdict(scores).items()}
 
 
 def _labels(problem: Problem, rows: Array) -> list[str]:
@@ -88,9 +118,7 @@ def _all_predictions(
     """Predictions of the network and each baseline, and the seconds each took (fit included)."""
     train_fields, train_target = problem.split("train")
     started = time.perf_counter()
-    predictions = {
-        "network": predict_fields(model.task, model.scale, model.module, fields, EVALUATION_BATCH)
-    }
+    predictions = {"network": model.predict(fields)}
     seconds = {"network": time.perf_counter() - started}
     for baseline in model.task.baselines():
         started = time.perf_counter()
@@ -98,6 +126,9 @@ def _all_predictions(
             baseline.predict(train_fields, train_target, fields)
         )
         seconds[baseline.name] = time.perf_counter() - started
+    for name, values in predictions.items():
+        if bad := int((~np.isfinite(values)).sum()):
+            raise DataError(f"{name}: {bad} of {len(values)} predictions are not finite")
     return predictions, seconds
 
 

@@ -7,6 +7,7 @@ temporary folder, fsynced, renamed. A torn or altered one is found by its digest
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,7 +18,8 @@ import torch
 import xxhash
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 
 from dmi_hpc.config import Config
 from dmi_hpc.errors import CheckpointError, FormatVersionError
@@ -39,31 +41,44 @@ class Meta(Config):
     network: NetworkSpec
     scale: TargetScale
     task: Mapping[str, Any]
+    data: str = ""  # identity of the shard set; "" in checkpoints from before it was recorded
     metrics: Mapping[str, float] = {}
     files: Mapping[str, str] = {}
-
-
-def _digest(path: Path) -> str:
-    return xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
 def save(
     folder: Path, meta: Meta, weights: Mapping[str, torch.Tensor], state: Mapping[str, Any]
 ) -> Path:
-    """Write ``folder/step-N`` atomically and return it."""
+    """Write ``folder/step-N`` atomically and return it. One of these very weights is kept as it is:
+    a training that was set back comes to the same step again. Raises OSError."""
     target = folder / f"step-{meta.step:08d}"
+    state_bytes = io.BytesIO()
+    torch.save(dict(state), state_bytes)
+    # written by Python: torch and safetensors themselves hide the cause of a failed write
+    contents = {
+        WEIGHTS: serialized({k: t.detach().cpu().contiguous() for k, t in weights.items()}),
+        STATE: state_bytes.getvalue(),
+    }
+    files = {name: xxhash.xxh3_128_hexdigest(content) for name, content in contents.items()}
+    if _holds(target, files[WEIGHTS]):
+        return target
     with atomic_folder(target) as temp:
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in weights.items()}, temp / WEIGHTS
-        )
-        torch.save(dict(state), temp / STATE)
-        files = {name: _digest(temp / name) for name in (WEIGHTS, STATE)}
+        for name, content in contents.items():
+            (temp / name).write_bytes(content)
         write_json(temp / META, meta.model_copy(update={"files": files}).model_dump(mode="json"))
     return target
 
 
-def read_meta(path: Path) -> Meta:
-    """Meta of the checkpoint folder `path`, its files' digests verified. Raises CheckpointError."""
+def _holds(path: Path, weights: str) -> bool:
+    """True if a whole checkpoint of the weights of that digest is there."""
+    try:
+        return path.exists() and read_meta(path).files[WEIGHTS] == weights
+    except CheckpointError:
+        return False
+
+
+def read_meta(path: Path, *, verify: bool = True) -> Meta:
+    """Meta of the checkpoint folder `path`; verify: its files' digests too. CheckpointError."""
     try:
         raw = json.loads((path / META).read_text())
         version = raw.get("version")
@@ -72,8 +87,8 @@ def read_meta(path: Path) -> Meta:
                 f"{path}: checkpoint format {version}, this DMI-HPC reads up to {FORMAT_VERSION}"
             )
         meta = Meta.model_validate(raw)
-        for name, expected in meta.files.items():
-            found = _digest(path / name)
+        for name, expected in meta.files.items() if verify else ():
+            found = xxhash.xxh3_128_hexdigest((path / name).read_bytes())
             if found != expected:
                 raise CheckpointError(f"{path / name}: checksum {found}, expected {expected}")
     except (OSError, json.JSONDecodeError, ValidationError) as error:
@@ -93,6 +108,21 @@ def load_state(path: Path) -> dict[str, Any]:
     """Optimiser, counters and random states of checkpoint `path`."""
     state: dict[str, Any] = torch.load(path / STATE, weights_only=True, map_location="cpu")
     return state
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Of this rank, by kind of device: dropout masks are drawn on the one that computes."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Continue from what `random_states` gave."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:  # absent: it was trained on the CPU so far
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def all_in(folder: Path) -> list[Path]:
@@ -119,12 +149,23 @@ def prune(folder: Path, keep: int, best: Path | None) -> None:
             shutil.rmtree(path)
 
 
-def best(folder: Path) -> tuple[Path, Meta]:
-    """The checkpoint with the lowest validation error, and its meta. Raises CheckpointError."""
-    found = [(path, read_meta(path)) for path in all_in(folder)]
-    scored = [(path, meta) for path, meta in found if "validation_mae" in meta.metrics]
-    if not scored:
-        raise CheckpointError(
-            f"{folder}: no checkpoint of a finished epoch; first: dmi train RECIPE"
-        )
-    return min(scored, key=lambda item: (item[1].metrics["validation_mae"], item[1].step))
+def best(folder: Path, warn: Callable[[str], None]) -> tuple[Path, Meta]:
+    """The whole checkpoint with the lowest validation error, and its meta; each damaged one passed
+    over is told to `warn`. Raises CheckpointError if there is none."""
+    scored: list[tuple[float, int, Path]] = []
+    for path in all_in(folder):
+        try:
+            meta = read_meta(path, verify=False)
+        except CheckpointError as error:
+            warn(f"{error}; passed over")
+            continue
+        if "validation_mae" in meta.metrics:
+            scored.append((meta.metrics["validation_mae"], meta.step, path))
+    for _, _, path in sorted(scored):
+        try:
+            return path, read_meta(path)
+        except CheckpointError as error:
+            warn(f"{error}; using the next best checkpoint")
+    raise CheckpointError(
+        f"{folder}: no whole checkpoint of a finished epoch; first: dmi train RECIPE"
+    )

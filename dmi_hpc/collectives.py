@@ -1,15 +1,20 @@
 """Collectives that also work with no process group, so that nobody else writes `if distributed`.
 
-``start`` joins the ranks for torch (gloo on CPU, NCCL on CUDA); ``mpi_communicator`` joins them for
-data sets built on MPI ranks. The only file importing mpi4py.
+``group`` joins the ranks for torch (gloo on CPU, NCCL on CUDA); ``mpi_ranks`` joins them for data
+sets built on MPI ranks. The only file importing mpi4py.
+
+What the user can mend is raised by all ranks (`errors.together`); anything unexpected on one MPI rank
+aborts the job, because the others, and even its own MPI_Finalize, would wait for ever.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
+import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from tempfile import TemporaryDirectory
@@ -21,15 +26,23 @@ import torch.distributed as dist
 
 from dmi_hpc import knobs
 from dmi_hpc.data.build import Alone, Communicator
-from dmi_hpc.errors import LaunchError
+from dmi_hpc.errors import DMIError, Interrupted, LaunchError, TrialFailure
 from dmi_hpc.world import World
 
 
 def device_of(world: World) -> torch.device:
-    """The rank's own GPU where there is one, else the CPU."""
+    """The rank's own GPU where there is one, else the CPU. LaunchError: more ranks than GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    count = torch.cuda.device_count()
+    # mpirun and srun can show each rank nothing but its own GPU; torchrun and dmi launch do not
+    own = count == 1 and world.source in ("openmpi", "pmi", "slurm")
+    if world.local_rank >= count and not own:
+        raise LaunchError(
+            f"rank {world.rank} is number {world.local_rank + 1} on a node with {count} GPUs: "
+            "start at most one rank per GPU"
+        )
+    device = torch.device("cuda", 0 if own else world.local_rank)
     torch.cuda.set_device(device)
     return device
 
@@ -46,15 +59,22 @@ def group(world: World, device: torch.device) -> Iterator[None]:
         url = f"file://{folder}/store" if world.size == 1 else _rendezvous(world)
         try:
             dist.init_process_group(
-                backend, init_method=url, rank=world.rank, world_size=world.size, timeout=timeout
+                backend,
+                init_method=url,
+                rank=world.rank,
+                world_size=world.size,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
             )
         except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
             raise LaunchError(
                 f"rank {world.rank} of {world.size} could not join the others at {url}: {error}. "
                 "Check that every rank was started and that the address is reachable."
             ) from error
+        mpi = sys.modules.get("mpi4py.MPI")  # there if it made the rendezvous
         try:
-            yield
+            with nullcontext() if mpi is None else _ending_all(mpi.COMM_WORLD):
+                yield
         finally:
             dist.destroy_process_group()
 
@@ -105,16 +125,6 @@ def sum_(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def any_true(flag: bool, device: torch.device) -> bool:
-    """True on every rank if it is on one."""
-    return bool(sum_(torch.tensor(float(flag), device=device)) > 0)
-
-
-def barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
 def from_first_(tensors: Iterable[torch.Tensor]) -> None:
     """Overwrite each tensor with rank 0's."""
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -141,14 +151,31 @@ class _MPIRanks:
         gathered: list[Any] | None = self.comm.gather(value, root=0)
         return gathered
 
-    def barrier(self) -> None:
-        self.comm.Barrier()
+    def share(self, value: Any) -> list[Any]:
+        shared: list[Any] = self.comm.allgather(value)
+        return shared
 
 
-def mpi_communicator(world: World) -> Communicator:
+@contextmanager
+def _ending_all(comm: Any) -> Iterator[None]:
+    """Abort the MPI job on an exception that the other ranks cannot know of."""
+    try:
+        yield
+    except (DMIError, TrialFailure, Interrupted):  # raised by all ranks
+        raise
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        comm.Abort(1)
+        raise
+
+
+@contextmanager
+def mpi_ranks(world: World) -> Iterator[Communicator]:
     """The ranks that MPI started, or one alone. Raises LaunchError if MPI sees another size."""
     if world.size == 1:
-        return Alone()
+        yield Alone()
+        return
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -163,4 +190,5 @@ def mpi_communicator(world: World) -> Communicator:
             f"{comm.Get_size()}: with srun choose the plugin that fits the MPI library "
             "(srun --mpi=list), or start with mpirun."
         )
-    return _MPIRanks(comm, comm.Get_rank(), comm.Get_size())
+    with _ending_all(comm):
+        yield _MPIRanks(comm, comm.Get_rank(), comm.Get_size())

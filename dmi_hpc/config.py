@@ -7,16 +7,23 @@ names the file, the key, what was expected and the valid names. Fields carry the
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import tomllib
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from dmi_hpc.errors import RecipeError
 from dmi_hpc.models.spec import Layer
@@ -36,11 +43,23 @@ def cores_per_rank(local_size: int) -> int:
 class DataConfig(Config):
     """Where the shard set lies and how it is cut."""
 
-    path: Path | None = Field(None, description="shard set; default: RUN/data")
+    # absolute from the start: a run is continued, evaluated and reported from any folder
+    path: Annotated[Path, AfterValidator(Path.resolve)] | None = Field(
+        None, description="shard set; default: RUN/data"
+    )
     rows_per_shard: int = Field(512, ge=1)
     validation: float = Field(0.15, gt=0, lt=1, description="share of rows")
     test: float = Field(0.15, gt=0, lt=1, description="share of rows")
     processes: int | Literal["auto"] = Field("auto", description="per MPI rank; auto: its cores")
+
+    @model_validator(mode="after")
+    def _some_left(self) -> DataConfig:
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"validation + test is {self.validation + self.test:g}, expected less than 1: the "
+                "rest is for training"
+            )
+        return self
 
 
 class ModelConfig(Config):
@@ -50,6 +69,17 @@ class ModelConfig(Config):
         "published", description="the task's published network, the search's winner, or `layers`"
     )
     layers: tuple[Layer, ...] = ()
+
+    @model_validator(mode="after")
+    def _layers_if_asked_for(self) -> ModelConfig:
+        if self.layers and self.source != "layers":
+            raise ValueError(
+                f'layers are given, but source is "{self.source}": set source = "layers" to train '
+                "them, or leave them out"
+            )
+        if not self.layers and self.source == "layers":
+            raise ValueError('source is "layers", but none are given: expected layers = [...]')
+        return self
 
 
 class TrainConfig(Config):
@@ -94,7 +124,9 @@ class SearchConfig(Config):
     max_flops: float | None = Field(
         None, gt=0, description="of one forward pass of one sample; costlier networks are not tried"
     )
-    trial_memory_GB: float = Field(2.0, gt=0, description="a larger network is not started")
+    trial_memory_GB: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto", description="a larger network is not started; auto: a worker's share"
+    )
     trial_threads: int = Field(1, ge=1)
     train: Mapping[str, Any] = Field({}, description="[train] keys that differ in trials")
 
@@ -105,6 +137,15 @@ class LaunchConfig(Config):
     ranks: int | Literal["auto"] = Field(
         "auto", description="auto: one per GPU, else 2 if cores allow"
     )
+
+
+# With what, and how far, a run is computed, not what: it may go on with other values of these.
+RESOURCES: Final[Mapping[str, set[str]]] = {
+    "data": {"processes"},
+    "train": {"threads", "keep_checkpoints"},
+    "search": {"workers", "time_limit_s", "evaluations", "trial_memory_GB"},
+    "launch": {"ranks"},
+}
 
 
 class Recipe(Config):
@@ -119,9 +160,13 @@ class Recipe(Config):
     search: SearchConfig = SearchConfig()
     launch: LaunchConfig = LaunchConfig()
 
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what is computed, as plain data: all but `RESOURCES`."""
+        return self.model_dump(mode="json", exclude=dict(RESOURCES))
+
     def fingerprint(self) -> str:
-        """Identity of the run: equal recipes, equal fingerprints."""
-        return xxhash.xxh3_128_hexdigest(self.model_dump_json().encode())
+        """Equal identities, equal fingerprints."""
+        return xxhash.xxh3_128_hexdigest(json.dumps(self.identity(), sort_keys=True).encode())
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -133,7 +178,9 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(
             f"{path}: no such recipe. Recipes of the project: recipes/*.toml"
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise RecipeError(f"{path}: not a readable recipe: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
     raw.setdefault("name", path.stem)
     recipe = parse(Recipe, raw, where=str(path))
@@ -170,26 +217,28 @@ def _explain(model: type[BaseModel], problem: dict[str, Any]) -> str:
         return f"unknown key '{key}'.{hint} Valid names here: {', '.join(names)}"
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
+    if problem["type"] == "value_error":  # our own validators say what they found
+        return f"key '{key}': {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
     found = repr(problem["input"])
     return f"key '{key}': {problem['msg']}; found {found[:120]}"
 
 
 def _field_names(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Names of the fields of the (nested) model at `location`."""
-    current: type[BaseModel] = model
+    """Names of the fields of the model at `location`: field names, indices and kinds in a union."""
+    found = [model]
     for part in location:
-        field = current.model_fields.get(str(part))
-        nested = _model_in(field.annotation) if field else None
-        if nested is None:
-            return sorted(current.model_fields)
-        current = nested
-    return sorted(current.model_fields)
+        fields = [m.model_fields[part] for m in found if part in m.model_fields]
+        nested = [inner for field in fields for inner in _models_in(field.annotation)]
+        of_kind = [m for m in found if "kind" in m.model_fields and _kind(m) == part]
+        found = of_kind or nested or found
+    return sorted({name for m in found for name in m.model_fields})
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def _kind(model: type[BaseModel]) -> Any:
+    return model.model_fields["kind"].default
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        models = [m for m in map(_model_in, typing.get_args(annotation)) if m is not None]
-        return models[0] if len(models) == 1 else None
-    return None
+        return [annotation]
+    return [model for inner in typing.get_args(annotation) for model in _models_in(inner)]

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dmi_hpc.config import TrainConfig
 from dmi_hpc.world import World
@@ -91,6 +94,19 @@ class TorchEngine:
         return None
 
 
+@contextmanager
+def statistics_untouched(module: nn.Module, *, rows: int) -> Iterator[None]:
+    """A single row has no variance: batch normalisation then uses its running statistics."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)] if rows == 1 else []
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
+
+
 def deepspeed_config(module: nn.Module, config: TrainConfig, world: World) -> dict[str, Any]:
     """The complete, explicit DeepSpeed configuration; every default that changes numbers is written.
 
@@ -123,7 +139,6 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed()
         os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed insists, whoever the launcher
         self.config = deepspeed_config(module, config, world)
-        self._autocast = config.precision == "bf16"
         engine, optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(module, config),

@@ -7,6 +7,8 @@ and what to do; the command line prints it without a traceback and exits with ``
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 EXIT_OK = 0
@@ -69,3 +71,26 @@ class TrialFailure(Exception):
         self.kind: FailureKind = kind
         self.message = message
         self.traceback = traceback
+
+
+Failed = tuple[type[DMIError], str]  # how a rank tells the others
+
+
+@contextmanager
+def together(share: Callable[[Failed | None], list[Failed | None]]) -> Iterator[None]:
+    """All ranks leave the block alike: if one fails in it, all raise, and none waits for it.
+
+    share: from a rank's value to those of all ranks, in order, on every rank. A rank that failed
+    raises its own error, the others one of its kind (a DMIError if it is another exception). No
+    collectives inside the block.
+    """
+    try:
+        yield
+    except Exception as error:
+        kind = type(error) if isinstance(error, DMIError) else DMIError
+        share((kind, str(error) or type(error).__name__))
+        raise
+    for rank, failed in enumerate(share(None)):
+        if failed is not None:
+            kind, text = failed
+            raise kind(f"rank {rank}: {text}")

@@ -17,16 +17,19 @@ from dmi_hpc.world import World
 
 @dataclass(frozen=True)
 class Scores:
-    """mae, rmse: the quantity's unit; r2: 1 is perfect; mae_percent: of the mean |truth|."""
+    """mae, rmse: the quantity's unit; r2: 1 is perfect; mae_percent: of the mean |truth|.
+
+    r2 is nan for a single row, mae_percent None where every truth is zero.
+    """
 
     mae: float
     rmse: float
     r2: float
-    mae_percent: float
+    mae_percent: float | None
 
 
 def score(predicted: Array, truth: Array) -> Scores:
-    """Scores of (n,) predictions against (n,) truths. R2 needs two rows, else it is nan."""
+    """Scores of (n,) predictions against (n,) truths, n >= 1."""
     p = torch.from_numpy(np.asarray(predicted, dtype=np.float64))
     t = torch.from_numpy(np.asarray(truth, dtype=np.float64))
     metrics = MetricCollection(
@@ -41,8 +44,8 @@ def score(predicted: Array, truth: Array) -> Scores:
     if len(t) > 1:
         r2_metric = R2Score(sync_on_compute=False).set_dtype(torch.float64)
         r2 = float(r2_metric(p, t))
-    mae = float(found["mae"])
-    return Scores(mae, float(found["rmse"]), r2, 100 * mae / float(t.abs().mean()))
+    mae, size = float(found["mae"]), float(t.abs().mean())
+    return Scores(mae, float(found["rmse"]), r2, 100 * mae / size if size > 0 else None)
 
 
 @torch.no_grad()

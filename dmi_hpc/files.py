@@ -1,10 +1,12 @@
-"""Files that are never half-written: temp, fsync, rename; and append-only JSON lines.
+"""Files that are never half-written: temp, fsync, rename; append-only JSON lines; locks.
 
 A reader sees the old content or the new one, whatever is killed when.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -13,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from dmi_hpc.errors import RunError
 
 TEMP_PREFIX = ".tmp-"
 
@@ -52,7 +56,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder; on success fsync all files in it and rename it to `path`.
 
-    An existing `path` is replaced. On error nothing of the temporary folder is left.
+    An existing `path` is replaced, and killed in the middle both have hidden names: what cannot be
+    made again must not be replaced. On error nothing of the temporary folder is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = _temp_beside(path)
@@ -74,6 +79,52 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         fsync_folder(path.parent)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what killed writers left in `folder`. The caller must be its only writer."""
+    for path in folder.glob(f"{TEMP_PREFIX}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def exclusive(folder: Path, what: str) -> Iterator[None]:
+    """Hold the folder's lock; a second holder is refused (RunError). It dies with its process.
+
+    what: the kind of job, for the message. The folder is made if need be.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(handle.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:  # held, or its holder has just left and removed it
+            raise RunError(f"{folder}: another {what} is running here")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a failed write to `folder` into a RunError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(f"{folder}: cannot write: {error}") from error
+        free = shutil.disk_usage(folder).free
+        raise RunError(
+            f"{folder}: no space left ({free / 1e6:.1f} MB are free, or your quota is spent). "
+            "What is finished is kept: make room and continue (train, search: with --resume)"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -98,7 +149,8 @@ def append_json_line(path: Path, record: Mapping[str, Any], *, durable: bool = F
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             line = b"\n" + line
-        os.write(handle, line)
+        while line:  # a disk that fills takes a part; writing on raises what it is
+            line = line[os.write(handle, line) :]
         if durable:
             os.fsync(handle)
     finally:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+
+from dmi_hpc.errors import LaunchError
 
 # "single" makes a process its own world of one, whatever scheduler variables say: for a login shell
 # inside an allocation, or a tool started beside the ranks.
@@ -11,6 +14,10 @@ WORLD = "DMI_WORLD"
 # A URL for torch.distributed (file:///... or tcp://host:port). The local launcher sets a file in a
 # private folder: no port to choose, so two jobs on one machine can never meet.
 RENDEZVOUS = "DMI_RENDEZVOUS"
+
+# Number of ranks that `dmi launch` has started this process as one of. A rank that finds itself in
+# another world refuses to run, and leaves the word on how to continue to its launcher.
+LAUNCHED = "DMI_LAUNCHED"
 
 # Seconds a collective may wait for a missing rank before it fails.
 COLLECTIVE_TIMEOUT_S = "DMI_COLLECTIVE_TIMEOUT_S"
@@ -23,8 +30,20 @@ def rendezvous() -> str | None:
     return os.environ.get(RENDEZVOUS) or None
 
 
+def resume_hint() -> str:
+    """What an interrupted command ends its message with; under `dmi launch` nothing: see there."""
+    return "" if LAUNCHED in os.environ else ". The same command with --resume continues"
+
+
 def collective_timeout_s() -> float:
-    return float(os.environ.get(COLLECTIVE_TIMEOUT_S, "600"))
+    text = os.environ.get(COLLECTIVE_TIMEOUT_S, "600")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise LaunchError(f"{COLLECTIVE_TIMEOUT_S}: found '{text}', expected seconds, e.g. 600")
+    return seconds
 
 
 def debug() -> bool:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from dmi_hpc.data.sampler import mix
 from dmi_hpc.data.shards import ShardSet
 from dmi_hpc.errors import DataError
 from dmi_hpc.tasks.base import Array, Fields, Task
@@ -62,10 +63,20 @@ class Problem:
                 f"{path}: the task needs fields {', '.join(missing)}; found {', '.join(sorted(have))}"
             )
         rows = shards.rows("train")
-        if len(rows) < 2:
-            raise DataError(f"{path}: {len(rows)} training rows; a network needs at least 2")
         target = shards.gather(task.target_field, rows).astype(np.float64)
         rows, target = rows[keep := task.in_training(target)], target[keep]
+        if len(rows) < 2:
+            raise DataError(
+                f"{path}: {len(rows)} training rows ({len(keep)} before the task's own choice among "
+                "them), a network needs at least 2. Make a larger set, smaller shares of the other "
+                "splits, or a wider train_range"
+            )
+        for name in ("validation", "test"):
+            if not shards.manifest.split_rows.get(name):
+                raise DataError(
+                    f"{path}: the {name} split is empty, of {len(shards)} rows in all. Make the set "
+                    f"again with more rows or a larger share '{name}'"
+                )
         return cls(task, shards, rows, TargetScale.of(target, task.quantity.transform))
 
     @property
@@ -84,10 +95,7 @@ class Problem:
 
 
 def random_bits(seed: int, epoch: int, positions: Array) -> Array:
-    """(n,) uint64, uniform: a pure function of seed, epoch and position (SplitMix64 finaliser)."""
-    with np.errstate(over="ignore"):
-        x = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        x += np.uint64((seed * 0xD1342543DE82EF95 + epoch * 0x2545F4914F6CDD1D) & (2**64 - 1))
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(x ^ (x >> np.uint64(31)))
+    """(n,) uint64, uniform: a pure function of seed, epoch and position (SplitMix64)."""
+    words = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    words += np.uint64((seed * 0xD1342543DE82EF95 + epoch * 0x2545F4914F6CDD1D) & (2**64 - 1))
+    return mix(words)

@@ -3,7 +3,7 @@
 run.json        identity: recipe, its fingerprint, versions, hardware, the commands given
 data/           shard set, unless the recipe names another
 search/         journal.jsonl, winner.json
-train/          network.json, metrics.jsonl, status.json, checkpoints/, tensorboard/
+train/          network.json, plan.json, metrics.jsonl, status.json, checkpoints/, tensorboard/
 evaluation.json predictions.csv gallery/ report.html
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -61,7 +62,8 @@ class Run:
 def open_run(folder: Path, recipe: Recipe | None = None) -> Run:
     """The run in `folder`; with a recipe, made if the folder is new or empty.
 
-    Raises RunError if the folder holds another run, something else, or (without recipe) no run.
+    A recipe that differs in its `RESOURCES` alone replaces the stored one. Raises RunError if the
+    folder holds another run, something else, or (without recipe) no run.
     """
     identity = folder / "run.json"
     if not identity.exists():
@@ -73,16 +75,38 @@ def open_run(folder: Path, recipe: Recipe | None = None) -> Run:
             )
         _create(identity, recipe)
         return Run(folder, recipe)
-    found = json.loads(identity.read_text())
-    if found.get("version", 0) > FORMAT_VERSION:
-        raise RunError(f"{identity}: written by a newer DMI-HPC (format {found['version']})")
-    stored = parse(Recipe, found["recipe"], where=str(identity))
-    if recipe is not None and recipe.fingerprint() != stored.fingerprint():
+    content = _read(identity)
+    stored = parse(Recipe, content["recipe"], where=str(identity))
+    if recipe is None or recipe == stored:
+        return Run(folder, stored)
+    if recipe.fingerprint() != stored.fingerprint():
         raise RunError(
             f"{folder}: holds another run: {_difference(stored, recipe)}. "
             "Choose another --out, or remove the folder if it is no longer needed"
         )
-    return Run(folder, stored)
+    write_json(identity, {**content, "recipe": recipe.model_dump(mode="json")})
+    return Run(folder, recipe)
+
+
+def _read(identity: Path) -> dict[str, Any]:
+    """Content of run.json. Raises RunError if it is damaged or newer."""
+    try:
+        content = json.loads(identity.read_text())
+        version, recipe, commands = (content[key] for key in ("version", "recipe", "commands"))
+        whole = isinstance(version, int) and isinstance(recipe, dict) and isinstance(commands, list)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(identity, f"{type(error).__name__}: {error}") from None
+    if not whole:
+        raise _damaged(identity, "version, recipe or commands are of a wrong type")
+    if version > FORMAT_VERSION:
+        raise RunError(f"{identity}: written by a newer DMI-HPC (format {version})")
+    return dict(content)
+
+
+def _damaged(identity: Path, reason: str) -> RunError:
+    return RunError(
+        f"{identity}: damaged ({reason}). Put a copy of the file back, or choose another --out"
+    )
 
 
 def _create(identity: Path, recipe: Recipe) -> None:
@@ -104,17 +128,19 @@ def _create(identity: Path, recipe: Recipe) -> None:
 
 
 def record_command(run: Run) -> None:
-    """Add this process's command line to the run's list, for the report."""
+    """Add this process's command, as a shell line for any folder, to the run's list."""
     identity = run.folder / "run.json"
-    content = json.loads(identity.read_text())
-    command = " ".join(["dmi", *sys.argv[1:]])
+    content = _read(identity)
+    paths = os.environ.get("PYTHONPATH")  # where a user's own task is found
+    given = f"PYTHONPATH={shlex.quote(paths)} " if paths else ""
+    command = f"cd {shlex.quote(str(Path.cwd()))} && {given}{shlex.join(['dmi', *sys.argv[1:]])}"
     if command not in content["commands"]:
         content["commands"].append(command)
         write_json(identity, content)
 
 
 def _difference(stored: Recipe, given: Recipe) -> str:
-    old, new = stored.model_dump(mode="json"), given.model_dump(mode="json")
+    old, new = stored.identity(), given.identity()
     parts = [
         f"{key} there is {_short(old[key])}, here {_short(new[key])}"
         for key in old

@@ -21,17 +21,20 @@ from torch.nn import functional
 from dmi_hpc import checkpoint, collectives
 from dmi_hpc.config import TrainConfig
 from dmi_hpc.data.loader import Batch, Loader
-from dmi_hpc.engine import Engine, make_engine
-from dmi_hpc.errors import Interrupted, TrialFailure
+from dmi_hpc.data.manifest import require_identity
+from dmi_hpc.engine import Engine, make_engine, statistics_untouched
+from dmi_hpc.errors import Interrupted, TrialFailure, together
 from dmi_hpc.evaluate import predict_rows, score
+from dmi_hpc.files import writing
 from dmi_hpc.models.build import build
 from dmi_hpc.models.spec import NetworkSpec
 from dmi_hpc.problem import Problem, random_bits
 from dmi_hpc.schedule import learning_rate
 from dmi_hpc.world import World
 
-# Ranks agree on a stop signal and on a finite loss every so many steps (one small all-reduce).
-AGREE_EVERY = 10
+# Ranks agree on a stop signal and on a finite loss every so many steps (one small all-reduce), or
+# after so many seconds if that is sooner.
+AGREE_EVERY, AGREE_S = 10, 1.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ class Counters:
 
     epoch: int = 0  # the epoch in work
     step: int = 0  # steps done in all epochs
-    loss_sum: float = 0.0  # over the rows of the epoch in work, this rank's share
+    loss_sum: float = (
+        0.0  # over the rows of the epoch in work, this rank's share, when it was saved
+    )
     best_mae: float = math.inf
     best_epoch: int = -1
     best_step: int = -1
@@ -106,7 +111,8 @@ def fit(job: Job, observer: Observer, *, resume: bool, warn: Callable[[str], Non
     training = _Training(job, observer)
     try:
         if resume:
-            training.resume(warn)
+            with together(collectives.gather_objects):
+                training.resume(warn)
         return training.run()
     finally:
         training.engine.close()
@@ -131,8 +137,10 @@ class _Training:
         )
         self.counters = Counters()
         self.history: list[Epoch] = []
-        # summed on the device: reading it each step would make a GPU wait
+        # of the epoch; on the device: reading it each step would make a GPU wait
         self._loss = torch.zeros((), dtype=torch.float64, device=job.device)
+        self._agreed_step, self._agreed_time = 0, 0.0
+        self._interval = 1  # in steps, to the next agreement; the same on all ranks
 
     @property
     def total_steps(self) -> int:
@@ -144,8 +152,11 @@ class _Training:
             if self._patience_spent():
                 reason = "early stop"
                 break
-            self._train_epoch()
+            stop = self._train_epoch()
             self._end_epoch()
+            # this epoch's checkpoint is there; only now, for one step has one checkpoint
+            if (stop or self._agree()) and self.counters.epoch < self.config.epochs:
+                raise self._interrupted()
         c = self.counters
         return Result(
             best_mae=c.best_mae,
@@ -157,23 +168,31 @@ class _Training:
             history=tuple(self.history),
         )
 
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(f"stopped at epoch {self.counters.epoch}, step {self.counters.step}")
+
     def _patience_spent(self) -> bool:
         c, patience = self.counters, self.config.patience
         return patience is not None and c.epoch - 1 - c.best_epoch >= patience
 
-    def _train_epoch(self) -> None:
+    def _train_epoch(self) -> bool:
+        """True if the ranks were asked to stop during its last steps."""
         c, started = self.counters, time.perf_counter()
         first = c.step - c.epoch * self.loader.steps_per_epoch
         self.engine.module.train()
+        self._agreed_step, self._agreed_time = c.step, started
         for batch in self.loader.epoch(c.epoch, first):
             self._loss += self._step(batch)
             c.step += 1
-            if c.step % AGREE_EVERY == 0:
-                self._agree()
             self.observer.on_step(c.epoch, batch.step + 1, self.loader.steps_per_epoch)
-        self._agree()
+            last = batch.step + 1 == self.loader.steps_per_epoch
+            if not last and c.step - self._agreed_step >= self._interval and self._agree():
+                self._save({})
+                raise self._interrupted()
+        stop = self._agree()
         self._seconds = time.perf_counter() - started
         self._rows_seen = max(0, len(self.loader.rows) - first * self.config.batch_size)
+        return stop
 
     def _step(self, batch: Batch) -> torch.Tensor:
         """One update; returns this rank's summed loss over its rows, still on the device."""
@@ -181,7 +200,9 @@ class _Training:
         rate = learning_rate(self.config, (self.counters.step + 1) / self.total_steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        per_row = _loss(self.config, self.engine(inputs).squeeze(1), targets)
+        with statistics_untouched(self.engine.module, rows=len(targets)):
+            output = self.engine(inputs).squeeze(1)
+        per_row = _loss(self.config, output, targets)
         summed = (per_row * weights).sum()
         # engines average over ranks: rows of a ragged last batch still weigh the same
         rows = min(
@@ -196,25 +217,23 @@ class _Training:
         if self.config.augment:
             bits = random_bits(self.job.seed, self.counters.epoch, batch.positions)
             inputs = task.augment(inputs, bits)
-        targets, weights = problem.scale.scale(problem.target(batch.fields)), batch.weights
-        if len(targets) == 1:
-            # batch normalisation needs two rows: the row stands twice, the second time weightless
-            inputs, targets = np.repeat(inputs, 2, axis=0), np.repeat(targets, 2)
-            weights = np.append(weights, np.float32(0))
+        targets = problem.scale.scale(problem.target(batch.fields))
+        # padding, always at the end, would count in batch statistics; a rank without rows keeps one
+        real = max(1, int(batch.weights.sum()))
         inputs_, targets_, weights_ = (
-            torch.from_numpy(np.ascontiguousarray(a)).to(self.job.device, non_blocking=True)
-            for a in (inputs, targets, weights)
+            torch.from_numpy(np.ascontiguousarray(a[:real])).to(self.job.device, non_blocking=True)
+            for a in (inputs, targets, batch.weights)
         )
         return inputs_, targets_, weights_
 
-    def _agree(self) -> None:
-        """All ranks together: fail on a loss that is not finite, stop when one was asked to."""
-        c = self.counters
-        c.loss_sum += float(self._loss)
-        self._loss.zero_()
+    def _agree(self) -> bool:
+        """All ranks together: fail on a loss that is not finite; True if one was asked to stop."""
+        c, loss = self.counters, float(self._loss)  # waits for the device
+        steps, seconds = c.step - self._agreed_step, time.perf_counter() - self._agreed_time
+        pace = _steps_between(steps, seconds) if self.job.world.is_first and steps else 0
         shared = collectives.sum_(
             torch.tensor(
-                [c.loss_sum, float(self.observer.should_stop())],
+                [loss, float(self.observer.should_stop()), float(pace)],
                 dtype=torch.float64,
                 device=self.job.device,
             )
@@ -223,9 +242,9 @@ class _Training:
             raise TrialFailure(
                 "nan", f"loss is {float(shared[0])} at epoch {c.epoch} step {c.step}"
             )
-        if float(shared[1]) > 0:
-            self._save({})
-            raise Interrupted(f"stopped at epoch {c.epoch}, step {c.step}")
+        self._interval = int(shared[2]) or self._interval
+        self._agreed_step, self._agreed_time = c.step, time.perf_counter()
+        return float(shared[1]) > 0
 
     def _end_epoch(self) -> None:
         c, job = self.counters, self.job
@@ -238,9 +257,7 @@ class _Training:
         scores = score(predicted, truth)
         if not math.isfinite(scores.mae):
             raise TrialFailure("nan", f"validation error is {scores.mae} after epoch {c.epoch}")
-        loss = float(
-            collectives.sum_(torch.tensor(c.loss_sum, dtype=torch.float64, device=job.device))
-        )
+        loss = float(collectives.sum_(self._loss.clone()))
         epoch = Epoch(
             epoch=c.epoch,
             step=c.step,
@@ -255,38 +272,46 @@ class _Training:
         )
         if scores.mae < c.best_mae:
             c.best_mae, c.best_epoch, c.best_step = scores.mae, c.epoch, c.step
-        c.epoch, c.loss_sum = c.epoch + 1, 0.0
+        c.epoch += 1
+        self._loss.zero_()
         self.history.append(epoch)
         # told first: killed between the two, an epoch is told twice rather than never
-        self.observer.on_epoch(epoch)
+        with together(collectives.gather_objects):
+            self.observer.on_epoch(epoch)
         self._save({"validation_mae": scores.mae, "validation_rmse": scores.rmse})
 
     def _save(self, metrics: dict[str, float]) -> None:
-        """Checkpoint at this step, by rank 0; every rank gives its random state and loss share."""
+        """Checkpoint at this step, by rank 0; every rank gives its random states and loss share."""
         job, folder = self.job, self.job.checkpoints
         if folder is None:
             return
+        self.counters.loss_sum = float(self._loss)
         ranks = collectives.gather_objects(
-            {"random": torch.get_rng_state(), "loss_sum": self.counters.loss_sum}
+            {"random": checkpoint.random_states(job.device), "loss_sum": self.counters.loss_sum}
         )
-        if job.world.is_first:
-            meta = checkpoint.Meta(
-                step=self.counters.step,
-                epoch=self.counters.epoch,
-                network=job.network,
-                scale=job.problem.scale,
-                task=job.problem.task.recipe_options(),
-                metrics=metrics,
-            )
-            state: dict[str, Any] = {
-                "counters": asdict(self.counters),
-                "optimizer": self.engine.optimizer.state_dict(),
-                "ranks": ranks,
-            }
-            checkpoint.save(folder, meta, self.engine.module.state_dict(), state)
-            best = folder / f"step-{self.counters.best_step:08d}"
-            checkpoint.prune(folder, job.config.keep_checkpoints, best)
-        collectives.barrier()
+        with together(collectives.gather_objects), writing(folder):
+            if job.world.is_first:
+                self._write(folder, ranks, metrics)
+
+    def _write(self, folder: Path, ranks: list[Any], metrics: dict[str, float]) -> None:
+        job = self.job
+        meta = checkpoint.Meta(
+            step=self.counters.step,
+            epoch=self.counters.epoch,
+            network=job.network,
+            scale=job.problem.scale,
+            task=job.problem.task.recipe_options(),
+            data=job.problem.shards.manifest.identity,
+            metrics=metrics,
+        )
+        state: dict[str, Any] = {
+            "counters": asdict(self.counters),
+            "optimizer": self.engine.optimizer.state_dict(),
+            "ranks": ranks,
+        }
+        checkpoint.save(folder, meta, self.engine.module.state_dict(), state)
+        best = folder / f"step-{self.counters.best_step:08d}"
+        checkpoint.prune(folder, job.config.keep_checkpoints, best)
 
     def resume(self, warn: Callable[[str], None]) -> None:
         """Continue from the newest whole checkpoint, if there is one."""
@@ -294,18 +319,27 @@ class _Training:
         found = checkpoint.latest(folder, warn) if folder is not None else None
         if found is None:
             return
+        now = self.job.problem.shards.manifest.identity
+        recorded = checkpoint.read_meta(found, verify=False).data
+        require_identity(recorded, now, maker=f"{found}")
         state = checkpoint.load_state(found)
         checkpoint.load_weights(found, self.engine.module)
         self.engine.optimizer.load_state_dict(state["optimizer"])
         self.counters = Counters(**state["counters"])
         ranks, world = state["ranks"], self.job.world
         if len(ranks) == world.size:
-            torch.set_rng_state(ranks[world.rank]["random"])
+            checkpoint.set_random_states(ranks[world.rank]["random"], self.job.device)
             self.counters.loss_sum = ranks[world.rank]["loss_sum"]
         else:
             warn(f"checkpoint of {len(ranks)} ranks continued on {world.size}: other dropout masks")
             total = sum(rank["loss_sum"] for rank in ranks)
             self.counters.loss_sum = total if world.is_first else 0.0
+        self._loss.fill_(self.counters.loss_sum)
+
+
+def _steps_between(steps: int, seconds: float) -> int:
+    """Steps to the next agreement, if `steps` have taken `seconds`."""
+    return max(1, min(AGREE_EVERY, int(AGREE_S * steps / max(seconds, 1e-9))))
 
 
 def _loss(config: TrainConfig, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

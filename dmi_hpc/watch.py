@@ -23,12 +23,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dmi_hpc.files import append_json_line
+from dmi_hpc.files import append_json_line, writing
 
 if TYPE_CHECKING:
     from dmi_hpc.train import Epoch
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def console() -> Console:
@@ -51,7 +51,7 @@ def progress_bar(out: Console, *, remaining: bool = True) -> Progress:
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT or SIGUSR1; a second SIGINT ends at once."""
+    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGHUP; a second SIGINT ends at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -67,7 +67,9 @@ class StopFlag:
         """
         self._then = then
         for number in STOP_SIGNALS:
-            signal.signal(number, self._catch)
+            # under nohup a closed terminal is no reason to stop
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._catch)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.signal == number == signal.SIGINT:
@@ -124,7 +126,8 @@ class TrainingWatch:
             return
         self._best = min(self._best, epoch.validation_mae)
         record = asdict(epoch)
-        append_json_line(self._metrics, {"kind": "epoch", **record})
+        with writing(self._metrics.parent):
+            append_json_line(self._metrics, {"kind": "epoch", **record})
         for name in ("train_loss", "validation_mae", "validation_rmse", "learning_rate"):
             self._writer.add_scalar(name, record[name], epoch.step)
         note = (

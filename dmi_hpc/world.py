@@ -8,9 +8,12 @@ DeepSpeed's own discovery is not used: under srun without PMI it makes every ran
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+import psutil
 
 from dmi_hpc import knobs
 from dmi_hpc.errors import LaunchError
@@ -26,45 +29,69 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    node_rank: int = 0
     source: Source = "single"
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def ranks_on_cores(self) -> int:
+        """Ranks that share the cores this process may run on.
 
-# launcher -> (rank, size, local rank, local size, node rank); the first two are required
-_VARIABLES: dict[Source, tuple[str, str, str, str, str]] = {
-    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
+        mpirun and srun bind: a mask smaller than the machine is the rank's own. torchrun and dmi
+        launch never do: their ranks share whatever mask there is.
+        """
+        binds = self.source in ("openmpi", "pmi", "slurm")
+        machine = psutil.cpu_count() or 1
+        return 1 if binds and len(os.sched_getaffinity(0)) < machine else self.local_size
+
+
+Names = tuple[str, ...]
+
+# launcher -> names of (rank, size, local rank, local size), the first one set counts; the first two
+# are required. MPICH and Intel MPI say MPI_LOCAL*, PALS PMI_LOCAL_* and PALS_LOCAL_RANKID.
+_VARIABLES: dict[Source, tuple[str, str, Names, Names]] = {
+    "torchrun": ("RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE",)),
     "openmpi": (
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-        "OMPI_COMM_WORLD_NODE_RANK",
+        ("OMPI_COMM_WORLD_LOCAL_RANK",),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
     ),
-    "pmi": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", ""),
-    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "", "SLURM_NODEID"),
+    "pmi": (
+        "PMI_RANK",
+        "PMI_SIZE",
+        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID"),
+        ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
+    ),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", ("SLURM_LOCALID",), ()),
 }
 
 
 def detect(env: Mapping[str, str] | None = None) -> World:
     """World of this process from torchrun, Open MPI, PMI (MPICH, PALS) or Slurm variables.
 
-    Raises LaunchError if the variables contradict each other, or if Slurm started several tasks and
-    this process would silently be a world of its own.
+    Raises LaunchError if the variables contradict each other, if Slurm started several tasks and this
+    process would silently be a world of its own, or if dmi launch meant another number of ranks.
     """
     env = os.environ if env is None else env
-    if env.get(knobs.WORLD) == "single":
-        return World()
-    world = next((w for s in _VARIABLES if (w := _read(env, s)) is not None), World())
-    tasks = int(env.get("SLURM_NTASKS", "1")) if _in_slurm_step(env) else 1
+    single = env.get(knobs.WORLD) == "single"
+    readings = () if single else (_read(env, source) for source in _VARIABLES)
+    world = next((found for found in readings if found is not None), World())
+    tasks = int(env.get("SLURM_NTASKS", "1")) if _in_slurm_step(env) and not single else 1
     if world.size == 1 and tasks > 1:
         raise LaunchError(
             f"Slurm runs {tasks} tasks here but this process finds itself alone "
             f"(source: {world.source}): {tasks} independent jobs would overwrite each other. "
             f"Start with 'srun --mpi=none dmi ...', or set {knobs.WORLD}=single if one is meant."
+        )
+    meant = _number(env, (knobs.LAUNCHED,), world.size)
+    if meant != world.size:
+        raise LaunchError(
+            f"dmi launch started {meant} ranks but this process finds itself in a world of "
+            f"{world.size} (source: {world.source}): they would overwrite each other. "
+            f"Unset {knobs.LAUNCHED} if this process is not one of them."
         )
     return world
 
@@ -76,31 +103,42 @@ def _in_slurm_step(env: Mapping[str, str]) -> bool:
 
 
 def _read(env: Mapping[str, str], source: Source) -> World | None:
-    rank_name, size_name, local_name, local_size_name, node_name = _VARIABLES[source]
+    rank_name, size_name, local_names, local_size_names = _VARIABLES[source]
     if rank_name not in env or size_name not in env:
         return None
     if source == "slurm" and not _in_slurm_step(env):
         return None
-
-    def number(name: str, default: int) -> int:
-        text = env.get(name, "") if name else ""
-        if text == "":
-            return default
-        try:
-            return int(text)
-        except ValueError:
-            raise LaunchError(
-                f"environment variable {name}: expected a number, found {text!r}"
-            ) from None
-
-    rank, size = number(rank_name, 0), number(size_name, 1)
+    rank, size = _number(env, (rank_name,), 0), _number(env, (size_name,), 1)
     if not 0 <= rank < size:
         raise LaunchError(f"{rank_name}={rank} and {size_name}={size}: expected 0 <= rank < size")
+    # not said: as if all were on this node, so that threads are rather too few than too many
+    local_size = _slurm_local_size(env, size) if source == "slurm" else size
     return World(
         rank=rank,
         size=size,
-        local_rank=number(local_name, rank),
-        local_size=number(local_size_name, size),
-        node_rank=number(node_name, 0),
+        local_rank=_number(env, local_names, rank),
+        local_size=max(1, _number(env, local_size_names, local_size)),
         source=source,
     )
+
+
+def _number(env: Mapping[str, str], names: Names, default: int) -> int:
+    """The first of these variables that is set."""
+    name = next((name for name in names if env.get(name)), None)
+    if name is None:
+        return default
+    try:
+        return int(env[name])
+    except ValueError:
+        raise LaunchError(
+            f"environment variable {name}: expected a number, found {env[name]!r}"
+        ) from None
+
+
+def _slurm_local_size(env: Mapping[str, str], unknown: int) -> int:
+    """Tasks of this step on this node, from a list by node such as ``4(x2),3``."""
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "")
+    groups = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", group) for group in tasks.split(",")]
+    counts = [int(g[1]) for g in groups if g is not None for _ in range(int(g[2] or 1))]
+    node = env.get("SLURM_NODEID", "")
+    return counts[int(node)] if node.isdigit() and int(node) < len(counts) else unknown

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from dmi_hpc.cli.options import Out, RecipeFile, new_app
-from dmi_hpc.config import Recipe, load_recipe
+from dmi_hpc.cli.options import Out, RecipeFile, new_app, recipe_of
+from dmi_hpc.config import Recipe
 from dmi_hpc.errors import LaunchError
 from launch.cluster import Job, run
 
@@ -32,7 +32,7 @@ def launch(
     """
     if stage not in (*STAGES, "all"):
         raise LaunchError(f"no stage '{stage}'; stages: {', '.join((*STAGES, 'all'))}")
-    loaded = load_recipe(recipe)
+    loaded = recipe_of(recipe)
     folder = (out or Path("runs") / loaded.name).resolve()
     count = ranks or ranks_of(loaded)
     for name in stages_of(loaded) if stage == "all" else (stage,):

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -36,13 +36,20 @@ class Job:
 
 
 def rank_environment(job: Job, rank: int, rendezvous: str) -> dict[str, str]:
-    """What one rank finds in its environment, besides the launcher's own."""
+    """What one rank finds in its environment, besides the launcher's own: its world, whole.
+
+    Whatever world the launcher itself is in must not reach its ranks.
+    """
+    meant = {knobs.LAUNCHED: str(job.ranks)}
+    if job.ranks == 1:
+        return {**meant, knobs.WORLD: "single"}
     return {
+        **meant,
+        knobs.WORLD: "",
         "RANK": str(rank),
         "WORLD_SIZE": str(job.ranks),
         "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(job.ranks),
-        "GROUP_RANK": "0",
         knobs.RENDEZVOUS: rendezvous,
     }
 
@@ -77,8 +84,7 @@ def run(job: Job) -> None:
 
 
 def _start(job: Job, rank: int, rendezvous: str) -> subprocess.Popen[bytes]:
-    own: Mapping[str, str] = rank_environment(job, rank, rendezvous) if job.ranks > 1 else {}
-    environment = {**os.environ, **own}
+    environment = {**os.environ, **rank_environment(job, rank, rendezvous)}
     command = command_line(job.arguments)
     # own session: a Ctrl-C of the terminal reaches the launcher alone, which passes it on once
     with (job.logs / f"rank-{rank}.log").open("ab") as log:

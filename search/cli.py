@@ -6,20 +6,27 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
+from dmi_hpc import knobs
 from dmi_hpc.cli.options import Out, RecipeFile, Resume, new_app, run_of
-from dmi_hpc.config import SearchConfig
-from dmi_hpc.data.shards import ShardSet
+from dmi_hpc.data.manifest import read_manifest
 from dmi_hpc.errors import EXIT_INTERRUPTED, DataError, Interrupted, RunError
+from dmi_hpc.files import exclusive
+from dmi_hpc.problem import Problem
 from dmi_hpc.run import Run, record_command
+from dmi_hpc.tasks import make_task
 from dmi_hpc.watch import StopFlag, console, progress_bar, say, stop_on_signals
-from search.driver import Driver, exclusive
+from dmi_hpc.world import detect
+from search.driver import Driver
 from search.environment import ray_environment, with_absolute_import_paths
 
 app = new_app()
 
 SHOW_EVERY_S = 0.5
+WATCH_EVERY_S = 1.0
 LEAVE_AFTER_S = 5.0  # of a stop signal: well inside the 30 s that schedulers give
 
 
@@ -30,6 +37,11 @@ def search(recipe: RecipeFile, out: Out = None, resume: Resume = False) -> None:
     Every evaluation is in RUN/search/journal.jsonl; after an interruption of any kind, --resume
     continues and repeats none that had finished.
     """
+    if not detect().is_first:
+        sys.stderr.write(
+            "this rank is not needed: rank 0 drives the search, its workers are Ray's\n"
+        )
+        return
     run = run_of(recipe, out)
     if (run.search / "journal.jsonl").exists() and not resume:
         raise RunError(
@@ -37,27 +49,20 @@ def search(recipe: RecipeFile, out: Out = None, resume: Resume = False) -> None:
         )
     if not (run.data / "manifest.json").exists():
         raise DataError(f"{run.data}: no data set. First: dmi data build RECIPE --out {run.folder}")
-    ShardSet.open(run.data, verify=True).close()
+    Problem.open(make_task(run.recipe.task), run.data)  # once for all workers
     record_command(run)
-    with exclusive(run.search), stop_on_signals() as stop:
+    with exclusive(run.search, "search"), stop_on_signals() as stop:
         _search(run, stop)
 
 
-def workers_of(search: SearchConfig) -> int:
-    """Trials at once: as the recipe says, or one per GPU, or as many as the cores hold."""
-    if search.workers != "auto":
-        return search.workers
-    import torch
-
-    gpus = torch.cuda.device_count()
-    return gpus or max(1, len(os.sched_getaffinity(0)) // search.trial_threads)
-
-
 def _search(run: Run, stop: StopFlag) -> None:
-    from dmi_hpc.tasks import make_task
-
     task = make_task(run.recipe.task)
-    driver = Driver(run.recipe, task.space(), run.search, workers=workers_of(run.recipe.search))
+    driver = Driver(
+        run.recipe,
+        task.space(),
+        run.search,
+        data=read_manifest(run.data).identity,
+    )
     if not driver.done:
         _run(run, driver, task.quantity.unit, stop)
     if not driver.done:
@@ -73,36 +78,57 @@ def _search(run: Run, stop: StopFlag) -> None:
 
 
 def _run(run: Run, driver: Driver, unit: str, stop: StopFlag) -> None:
-    display, data = _Display(driver, unit), run.data.resolve()
+    data = run.data.resolve()
     # Ray puts the working folder on its workers' import path: a user's own search.py would win
     with_absolute_import_paths()
     os.chdir(run.search)
     with ray_environment() as folder:
         from search.tune import TrialContext, cluster, run_trials
 
-        with cluster(driver.progress.workers, run.recipe.search.trial_threads, folder), display:
+        search = run.recipe.search
+        with cluster(search, folder) as found, _watched(driver, found.alive) as leave:
             # Ray has put a handler over ours that dumps and dies
-            stop.arm(lambda: _leave_soon(driver))
-            context = TrialContext(run.recipe, data, folder)
-            run_trials(driver, context, display.show, lambda: bool(stop))
+            stop.arm(leave)
+            driver.start(found.workers, found.trial_memory_GB)
+            device = "GPU" if found.gpus else "main"
+            console().print(
+                f"{found.workers} workers; a trial may use {found.trial_memory_GB:.3g} GB of "
+                f"{device} memory"
+            )
+            context = TrialContext(run.recipe, data, folder, found.trial_memory_GB)
+            with _Display(driver, unit) as display:
+                run_trials(driver, context, found, display.show, lambda: bool(stop))
 
 
-def _leave_soon(driver: Driver) -> None:
-    """End within a bounded time of a stop signal, even if Ray hangs.
+@contextmanager
+def _watched(driver: Driver, alive: Callable[[], bool]) -> Iterator[Callable[[], None]]:
+    """End within a bounded time once Ray is gone, even if a call into it hangs.
 
-    A scheduler signals Ray's own processes too; with its head gone Ray waits for a minute and more.
+    Yields what arranges the same after a stop signal: a scheduler signals Ray's own processes too.
     The journal is on disk before every step, so there is nothing left to save.
     """
+    ended, leaving = threading.Event(), threading.Event()
 
-    def leave() -> None:
-        done = f"{driver.progress.finished} of {driver.progress.budget} evaluations"
-        sys.stderr.write(f"interrupted: {done}. The same command with --resume continues\n")
-        sys.stderr.flush()
-        os._exit(EXIT_INTERRUPTED)
+    def watch() -> None:
+        while not leaving.is_set() and alive():
+            leaving.wait(WATCH_EVERY_S)
+            if ended.is_set():
+                return
+        if not ended.wait(LEAVE_AFTER_S):
+            done = f"{driver.progress.finished} of {driver.progress.budget} evaluations"
+            sys.stderr.write(f"interrupted: {done}{knobs.resume_hint()}\n")
+            sys.stderr.flush()
+            os._exit(EXIT_INTERRUPTED)
 
-    timer = threading.Timer(LEAVE_AFTER_S, leave)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield leaving.set
+    except Interrupted:
+        leaving.set()  # shutting Ray down may hang too
+        raise
+    finally:
+        if not leaving.is_set():
+            ended.set()
 
 
 class _Display:

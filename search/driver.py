@@ -6,15 +6,13 @@ the journal before it has an effect, so that kill -9 loses only trials in flight
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dmi_hpc.config import Recipe, TrainConfig
+from dmi_hpc.data.manifest import require_identity
 from dmi_hpc.errors import RunError
 from dmi_hpc.files import write_json
 from dmi_hpc.models.space import HyperValue, SearchSpace
@@ -23,17 +21,7 @@ from search.genome import decode, to_json
 from search.journal import Journal, replay
 from search.trial import TrialOutcome
 
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; a second search in it is refused. The lock dies with its process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{folder}: another search is running here") from None
-        yield
+LOSSES = 2  # of its worker, until a network counts as the cause
 
 
 @dataclass
@@ -41,7 +29,7 @@ class Progress:
     """Counts for the terminal. Worker seconds are of this session, without resumed history."""
 
     budget: int
-    workers: int
+    workers: int = 1
     finished: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     running: int = 0
@@ -68,7 +56,11 @@ class Progress:
 class Driver:
     """One search in `folder`: new, or continued from its journal."""
 
-    def __init__(self, recipe: Recipe, space: SearchSpace, folder: Path, *, workers: int) -> None:
+    def __init__(self, recipe: Recipe, space: SearchSpace, folder: Path, *, data: str = "") -> None:
+        """data: identity of the shard set; DataError if the journal is of another one.
+
+        Nothing is written before `start`.
+        """
         search = recipe.search
         self.space, self.folder, self._limit_s = space, folder, search.time_limit_s
         self.evolution = Evolution(
@@ -82,20 +74,31 @@ class Driver:
             ),
             defaults=founder_defaults(space, recipe.train),
         )
-        self.progress = Progress(search.evaluations, workers)
+        self.progress = Progress(search.evaluations)
+        self._losses: Counter[int] = Counter()
+        self._data = data
         self._pending: deque[Proposal] = deque()
         self._asked = 0
-        path = folder / "journal.jsonl"
-        if path.exists():
-            self.journal = Journal.open(path)
+        self.journal = Journal(folder / "journal.jsonl")
+        if self.journal.path.exists():
+            self.journal = Journal.open(self.journal.path)
+            recorded = self.journal.header().get("config", {}).get("data", "")
+            require_identity(recorded, data, maker=f"{self.journal.path}")
             self._pending.extend(replay(self.journal, self.evolution))
-            self.journal.resumed()
-        else:
-            self.journal = Journal.create(path, self.evolution, {"workers": workers})
         told = self.evolution.outcomes.values()
         self._asked = self.progress.finished = len(told)
         self.progress.failures.update(o.kind for o in told if isinstance(o, Failure))
         self._exhausted = False
+
+    def start(self, workers: int, trial_memory_GB: float) -> None:
+        """Begin a session: the journal's header, or a resume, with what this machine has."""
+        facts = {"workers": workers, "trial_memory_GB": trial_memory_GB}
+        if self.journal.path.exists():
+            self.journal.resumed(facts)
+        else:
+            facts_and_data = {**facts, "data": self._data}
+            self.journal = Journal.create(self.journal.path, self.evolution, facts_and_data)
+        self.progress.workers = workers
 
     @property
     def out_of_time(self) -> bool:
@@ -105,10 +108,16 @@ class Driver:
     def done(self) -> bool:
         """Nothing is left to evaluate, or no time to do it."""
         p = self.progress
-        return p.finished >= p.budget or (not p.running and (self.out_of_time or self._exhausted))
+        if p.running:
+            return False
+        exhausted = self._exhausted and not self._pending
+        return p.finished >= p.budget or self.out_of_time or exhausted
 
     def next_proposal(self) -> Proposal | None:
-        """The next network to evaluate: one left by an interrupted session first; None at the end."""
+        """The next network to evaluate: one that was interrupted first.
+
+        None while there is none: for good if `done`, else until a running one is lost.
+        """
         if self._asked >= self.progress.budget or self.out_of_time:
             return None
         proposal = self._pending.popleft() if self._pending else self._new()
@@ -140,6 +149,21 @@ class Driver:
         p.busy_s += outcome.seconds
         if isinstance(told, Failure):
             p.failures[told.kind] += 1
+
+    def lost(self, number: int, failure: Failure, seconds: float) -> None:
+        """The worker of proposal `number` died. The first time it is asked again, under its number:
+        the machine is as likely a culprit as the network."""
+        self._losses[number] += 1
+        if self._losses[number] >= LOSSES:
+            self.finished(number, TrialOutcome(failure, seconds, {}))
+        else:
+            self.again(number)
+
+    def again(self, number: int) -> None:
+        """Proposal `number` was not evaluated, through no fault of its own: it is the next one."""
+        self._pending.appendleft(self.evolution.proposals[number])
+        self._asked -= 1
+        self.progress.running -= 1
 
     def write_winner(self) -> Path:
         """winner.json: the best network and its hyper-parameters. RunError if every trial failed."""

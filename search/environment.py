@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -10,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-
-import psutil
 
 VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -26,6 +25,11 @@ VARIABLES = {
 
 
 PREFIX = "dmi-ray-"
+LOCK = "lock"
+SOCKET_PATH_BYTES = 107  # of AF_UNIX on Linux
+RANDOM_PART = 9  # of a temporary folder's name, and the separator before it
+# Ray's /session_2026-01-31_23-59-59_123456_PID/sockets/plasma_store
+SOCKET_BELOW = 65
 
 
 def with_absolute_import_paths() -> None:
@@ -37,12 +41,38 @@ def with_absolute_import_paths() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(entries)
 
 
-def _remove_stale() -> None:
-    """Folders of our own searches that were killed: their process is gone, Ray's sockets are not."""
-    for folder in Path(gettempdir()).glob(f"{PREFIX}*-*"):
-        owner = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
+def _socket_root() -> Path:
+    """Where Ray's sockets go: the folder for temporary files, if their names fit into its path."""
+    usual = Path(gettempdir())
+    room = SOCKET_PATH_BYTES - len(PREFIX) - RANDOM_PART - SOCKET_BELOW
+    return usual if len(os.fsencode(usual)) <= room else Path("/tmp")
+
+
+def _remove_stale(root: Path) -> None:
+    """Folders of our own searches that were killed: what their owner locked can be locked again.
+
+    By the lock, not by process ids: another container or node with the same TMPDIR has its own.
+    """
+    for folder in root.glob(f"{PREFIX}*"):
+        try:
+            with (folder / LOCK).open("r+") as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # in use, of another user, without a lock (yet)
+            continue
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. It appears locked, so that nobody can take it in between."""
+    unlocked = folder / f"{LOCK}-new"
+    with unlocked.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unlocked.rename(folder / LOCK)
+        except OSError:  # a file system without locks: then nobody removes this folder but we
+            unlocked.unlink()
+        yield
 
 
 @contextmanager
@@ -52,9 +82,12 @@ def ray_environment() -> Iterator[Path]:
     A cluster of our own listens on loopback and asks every client for a token that only this user
     can read; one that is there already (RAY_ADDRESS) brings its own. Import ray inside the block.
     """
-    before = dict(os.environ)
-    _remove_stale()
-    with TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", ignore_cleanup_errors=True) as name:
+    before, root = dict(os.environ), _socket_root()
+    _remove_stale(root)
+    with (
+        TemporaryDirectory(prefix=PREFIX, dir=root, ignore_cleanup_errors=True) as name,
+        _held(Path(name)),
+    ):
         folder = Path(name)
         os.environ.update(VARIABLES)
         if "RAY_ADDRESS" not in os.environ:

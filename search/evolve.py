@@ -35,11 +35,12 @@ from pydantic import Field
 
 from dmi_hpc.config import Config
 from dmi_hpc.errors import FailureKind
+from dmi_hpc.models.cost import cost
 from dmi_hpc.models.space import HyperValue, SearchSpace
-from search.genome import Genome, founder_genome, structural_hash, to_json
+from search.genome import Genome, decode, founder_genome, structural_hash, to_json
 from search.operators import crossover, mutate, parametric
 from search.population import Population
-from search.space import Features, genome_cost, pick, random_genome, require_consistent
+from search.space import Features, pick, random_genome, require_consistent
 from search.surrogate import Surrogate
 
 INCUMBENTS = 3  # best members whose mutations are candidates
@@ -189,7 +190,7 @@ class Evolution:
         """New, and cheap enough: a network over the limit is not even proposed."""
         limit = self.config.max_flops
         affordable = (
-            limit is None or genome_cost(candidate.genome, self.space.network).flops <= limit
+            limit is None or cost(decode(candidate.genome, self.space.network)).flops <= limit
         )
         return affordable and self._is_new(candidate)
 

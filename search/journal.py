@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dmi_hpc.errors import FormatVersionError, RunError
-from dmi_hpc.files import append_json_line, read_json_lines, write_text
+from dmi_hpc.files import append_json_line, read_json_lines, write_text, writing
 from search.evolve import Evolution, Failure, Outcome, Proposal, Success, checked
 from search.genome import from_json, structural_hash, to_json
 
@@ -55,7 +55,8 @@ class Journal:
                 f"{path}: a search is recorded here already: resume it or choose another"
             )
         first = header(evolution, extra)
-        write_text(path, json.dumps(first, separators=(",", ":"), allow_nan=False) + "\n")
+        with writing(path.parent):
+            write_text(path, json.dumps(first, separators=(",", ":"), allow_nan=False) + "\n")
         return cls(path)
 
     @classmethod
@@ -77,14 +78,24 @@ class Journal:
         """The first event."""
         if not self.path.exists():
             raise RunError(f"{self.path}: no journal to resume: start the search without --resume")
-        first = next(iter(self.events()), {})
-        if first.get("event") != "header" or not isinstance(first.get("version"), int):
+        with self.path.open("rb") as stream:
+            line = stream.readline()
+        try:
+            first = json.loads(line)
+            valid = first["event"] == "header" and isinstance(first["version"], int)
+        except (ValueError, TypeError, KeyError):
+            valid = False
+        if not valid:
             raise RunError(f"{self.path}: the first line is not the header of a search journal")
-        return first
+        return dict(first)
 
-    def require(self, expected: Mapping[str, Any]) -> None:
-        """Raises RunError naming what differs between this journal's search and `expected`."""
-        found = self.header()
+    def require(self, evolution: Evolution) -> None:
+        """Raises RunError naming what differs between this journal's search and `evolution`.
+
+        The extra keys of the journal's ``config`` are not compared.
+        """
+        found, expected = self.header(), header(evolution)
+        expected["config"] = {**found.get("config", {}), **expected["config"]}
         differences = [
             f"{name} is {was} in the journal and {now} now"
             for key in _IDENTITY
@@ -129,9 +140,9 @@ class Journal:
             "tell", id=identifier, **result, seconds=seconds, metrics=_finite(dict(metrics or {}))
         )
 
-    def resumed(self) -> None:
-        """Record that the search goes on after an interruption."""
-        self._append("resume")
+    def resumed(self, extra: Mapping[str, Any] | None = None) -> None:
+        """Record that the search goes on after an interruption. extra: its ``config`` now."""
+        self._append("resume", config=dict(extra or {}))
 
     def events(self) -> list[dict[str, Any]]:
         """All whole events in order."""
@@ -139,7 +150,8 @@ class Journal:
 
     def _append(self, event: str, **content: Any) -> None:
         record = {"event": event, "time": time.time(), **content}
-        append_json_line(self.path, record, durable=True)
+        with writing(self.path.parent):
+            append_json_line(self.path, record, durable=True)
 
 
 def replay(journal: Journal, evolution: Evolution) -> list[Proposal]:
@@ -148,11 +160,9 @@ def replay(journal: Journal, evolution: Evolution) -> list[Proposal]:
     Returns the proposals that have no outcome, oldest first: evaluate them again under the same id.
     A tell without its ask (whose line was torn) is ignored: its genome is unknown, and the same
     proposal will be made again. Raises RunError if the journal is another search's (see
-    `Journal.require`; compare extra keys there yourself) or was altered.
+    `Journal.require`) or was altered.
     """
-    own = header(evolution)
-    found = journal.header().get("config", {})
-    journal.require({**own, "config": {**found, **own["config"]}})
+    journal.require(evolution)
     for number, event in enumerate(journal.events()):
         try:
             _apply(event, evolution)

@@ -1,16 +1,16 @@
-"""The search space at work: random genomes, repair, closed-form cost, numbers for the surrogate."""
+"""The search space at work: random genomes, repair, numbers for the surrogate."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, log, log2, log10, prod
+from math import exp, log, log2, log10
 from typing import TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from dmi_hpc.errors import NetworkError
-from dmi_hpc.models.cost import Cost
+from dmi_hpc.models.cost import cost
 from dmi_hpc.models.space import (
     Choice,
     FloatRange,
@@ -20,7 +20,7 @@ from dmi_hpc.models.space import (
     SearchSpace,
 )
 from dmi_hpc.models.spec import ActivationName, NormName, PoolName, ReadoutName
-from search.genome import ConvGene, DenseGene, Genome, canonical, pooled
+from search.genome import ConvGene, DenseGene, Genome, canonical, decode
 
 Vector = npt.NDArray[np.float64]
 T = TypeVar("T")
@@ -140,35 +140,6 @@ def _clipped(value: HyperValue, parameter: Parameter) -> HyperValue:
     return min(max(float(value), parameter.low), parameter.high)
 
 
-def genome_cost(genome: Genome, network: NetworkSpace) -> Cost:
-    """``dmi_hpc.models.cost.cost`` of the decoded network, without building its specification."""
-    extents = network.input_shape[1:]
-    channels, size = network.input_shape[0], prod(network.input_shape)
-    parameters = flops = 0
-    activations = size
-    for conv in genome.conv:
-        voxels, fan_in = prod(extents), channels * conv.kernel ** len(extents)
-        channels, size = conv.filters, conv.filters * voxels
-        norms = 1 if conv.norm else 0
-        parameters += channels * (fan_in + 1 + 2 * norms)
-        flops += 2 * size * (fan_in + 2 * norms)
-        activations += (2 + norms) * size
-        extents = pooled(extents, conv)
-        size = channels * prod(extents)
-        activations += size * (bool(conv.pool) + bool(conv.dropout))
-    if genome.readout:
-        size = size if genome.readout == "flatten" else channels
-        activations += size
-    for dense in genome.dense:
-        norms = 1 if dense.norm else 0
-        parameters += dense.units * (size + 1 + 2 * norms)
-        flops += 2 * dense.units * (size + 2 * norms)
-        size = dense.units
-        activations += size * (2 + norms + bool(dense.dropout))
-    parameters += network.outputs * (size + 1)
-    return Cost(parameters, flops + 2 * size * network.outputs, activations)
-
-
 _ACTIVATIONS: tuple[str, ...] = get_args(ActivationName)
 _NORMS: tuple[str, ...] = get_args(NormName)
 _POOLS: tuple[str, ...] = get_args(PoolName)
@@ -237,12 +208,12 @@ class Features:
         return tuple(names)
 
     def _whole(self, genome: Genome) -> list[float]:
-        cost = genome_cost(genome, self._space.network)
+        found = cost(decode(genome, self._space.network))
         depths = [
             len(genome.conv) / max(1, self._conv_slots),
             len(genome.dense) / max(1, self._dense_slots),
         ]
-        sizes = [log10(n) / 10 for n in (cost.parameters, cost.flops, cost.activations)]
+        sizes = [log10(n) / 10 for n in (found.parameters, found.flops, found.activations)]
         return [*depths, *sizes, *_one_hot(genome.readout, _READOUTS)]
 
     def _blocks(self, genes: Sequence[ConvGene | DenseGene], slots: int, width: int) -> Vector:

@@ -5,9 +5,11 @@ Whatever goes wrong inside is a typed outcome, never an exception: a search outl
 
 from __future__ import annotations
 
+import faulthandler
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +28,15 @@ from search.evolve import Failure, Outcome, Success
 from search.genome import Genome, decode, from_json
 
 TRACEBACK_CHARACTERS = 4000  # the end of it, kept in the journal
+# of a worker that hangs, after the time limit of its trial
+GRACE_S, GRACE_SHARE = 5.0, 0.2
+# how libraries say it in errors without a type of their own
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 @dataclass(frozen=True)
@@ -55,12 +66,32 @@ class Deadline:
         return False
 
 
+@contextmanager
+def watchdog(limit_s: float | None) -> Iterator[None]:
+    """End this process if the block hangs: `Deadline` is asked between steps only.
+
+    By faulthandler's own thread: it needs no interpreter lock, which a hanging extension may hold.
+    """
+    if limit_s is None:
+        yield
+        return
+    grace = max(GRACE_S, GRACE_SHARE * limit_s)
+    faulthandler.dump_traceback_later(limit_s + grace, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 class Evaluator:
     """Evaluates genomes one after the other on the same data; lives as long as its worker."""
 
-    def __init__(self, recipe: Recipe, data: Path, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, data: Path, device: torch.device, memory_GB: float) -> None:
+        """memory_GB: a network estimated to need more is not started."""
         torch.set_num_threads(recipe.search.trial_threads)
         self._recipe, self._data, self._device = recipe, data, device
+        self._memory_bytes = memory_GB * 1e9
+        self.spent = False  # the device is lost to this process: it must end
 
     @cached_property
     def _space(self) -> SearchSpace:
@@ -83,19 +114,33 @@ class Evaluator:
         except (MemoryError, torch.OutOfMemoryError) as error:
             return _failed(TrialFailure("memory", str(error) or "out of memory"), started)
         except Exception as error:
-            kind: FailureKind = "memory" if "can't allocate memory" in str(error) else "exception"
+            self.spent = not self._device_answers()
+            memory = any(sign in str(error) for sign in OUT_OF_MEMORY)
+            kind: FailureKind = "memory" if memory else "exception"
             text = traceback.format_exc()[-TRACEBACK_CHARACTERS:]
             message = f"{type(error).__name__}: {error}"
             return _failed(TrialFailure(kind, message, text), started)
         return TrialOutcome(Success(fitness), time.perf_counter() - started, metrics)
 
+    def _device_answers(self) -> bool:
+        """False after a CUDA error that sticks: every later call of this process would fail too."""
+        if self._device.type != "cuda":
+            return True
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:
+            return False
+        return True
+
     def _train(self, genome: Genome) -> tuple[float, dict[str, float]]:
         search = self._recipe.search
         network = decode(genome, self._space.network)
         config = trial_config(self._recipe, genome)
-        cost = require_fit(network, config.batch_size, search.trial_memory_GB * 1e9)
+        cost = require_fit(network, config.batch_size, self._memory_bytes)
         job = Job(self._problem, network, config, self._recipe.seed, device=self._device)
-        result = fit(job, Deadline(search.trial_time_limit_s), resume=False, warn=_unheard)
+        limit_s = search.trial_time_limit_s
+        with watchdog(limit_s):
+            result = fit(job, Deadline(limit_s), resume=False, warn=_unheard)
         best = result.history[result.best_epoch]
         return result.best_mae, {
             "parameters": float(cost.parameters),

@@ -83,5 +83,5 @@ def main() -> None:
         sys.stderr.write(f"failed ({failure.kind}): {failure.message}\n{failure.traceback}")
         sys.exit(1)
     except Interrupted as stop:
-        sys.stderr.write(f"interrupted: {stop}. The same command with --resume continues\n")
+        sys.stderr.write(f"interrupted: {stop}{knobs.resume_hint()}\n")
         sys.exit(EXIT_INTERRUPTED)

@@ -9,8 +9,12 @@ import typer
 
 from dmi_hpc.cli.options import Out, RecipeFile, new_app, run_of
 from dmi_hpc.config import cores_per_rank, parse
-from dmi_hpc.run import record_command
+from dmi_hpc.data.build import Communicator
+from dmi_hpc.data.manifest import Manifest
+from dmi_hpc.errors import together
+from dmi_hpc.run import Run, record_command
 from dmi_hpc.watch import console, progress_bar, say
+from dmi_hpc.world import World, detect
 
 app = new_app()
 
@@ -26,20 +30,31 @@ def build(recipe: RecipeFile, out: Out = None) -> None:
 
     A finished set of the same recipe is kept as it is; an interrupted one is completed.
     """
-    from dmi_hpc.collectives import mpi_communicator
-    from dmi_hpc.tasks import make_task
-    from dmi_hpc.tasks.base import BuildContext
-    from dmi_hpc.world import detect
+    from dmi_hpc.collectives import mpi_ranks
 
     world = detect()
-    communicator = mpi_communicator(world)
-    run = run_of(recipe, out) if world.is_first else None
-    communicator.barrier()  # rank 0 makes the run folder
-    run = run or run_of(recipe, out)
+    with mpi_ranks(world) as communicator:
+        run: Run | None = None
+        with together(communicator.share):  # rank 0 first: it makes the run folder
+            run = run_of(recipe, out) if world.is_first else None
+        with together(communicator.share):
+            run = run or run_of(recipe, out)
+        manifest = _build(run, world, communicator)
+    if world.is_first:
+        record_command(run)
+        rows = ", ".join(f"{count} {name}" for name, count in manifest.split_rows.items())
+        say(f"data set {run.data}: {manifest.rows} rows ({rows}) in {len(manifest.shards)} shards")
+
+
+def _build(run: Run, world: World, communicator: Communicator) -> Manifest:
+    from dmi_hpc.tasks import make_task
+    from dmi_hpc.tasks.base import BuildContext
+
     task, config = make_task(run.recipe.task), run.recipe.data
-    processes = cores_per_rank(world.local_size) if config.processes == "auto" else config.processes
-    show = console()
-    with progress_bar(show) as bar:
+    processes = config.processes
+    if processes == "auto":
+        processes = cores_per_rank(world.ranks_on_cores)
+    with progress_bar(console()) as bar:
         bar.disable = bar.disable or not world.is_first
         note = f"rank 0 of {world.size}, {processes} processes"
         line = bar.add_task("data", total=task.rows(), note=note)
@@ -50,11 +65,7 @@ def build(recipe: RecipeFile, out: Out = None) -> None:
             processes=processes,
             progress=lambda rows: bar.update(line, advance=rows * world.size),
         )
-        manifest = task.build_data(run.data, context)
-    if world.is_first:
-        record_command(run)
-        rows = ", ".join(f"{count} {name}" for name, count in manifest.split_rows.items())
-        say(f"data set {run.data}: {manifest.rows} rows ({rows}) in {len(manifest.shards)} shards")
+        return task.build_data(run.data, context)
 
 
 @app.command(name="import")

@@ -18,7 +18,10 @@ def evaluate(
     run_folder: RunFolder,
     split: Annotated[str, typer.Option(help="train | validation | test")] = "test",
 ) -> None:
-    """Score the best checkpoint and the task's baselines, in field units, on one split."""
+    """Score the best checkpoint and the task's baselines, in field units, on one split.
+
+    The report shows the test split; others are written beside it, as evaluation-SPLIT.json.
+    """
     from dmi_hpc.assess import assess
     from dmi_hpc.data.manifest import SPLITS, SplitName
     from dmi_hpc.errors import DMIError
@@ -31,7 +34,10 @@ def evaluate(
     record_command(run)
     say(f"{result['split']} split, {result['rows']} rows, {result['quantity']} ({result['unit']})")
     for method in result["methods"]:
+        percent, r2 = method["mae_percent"], method["r2"]
+        share = "" if percent is None else f"  ({percent:6.2f} %)"
+        fit = "" if r2 is None else f"  R2 {r2:.4f}"
         say(
-            f"  {method['label']:<44} MAE {method['mae']:8.4f}  ({method['mae_percent']:6.2f} %)"
-            f"  RMSE {method['rmse']:8.4f}  R2 {method['r2']:.4f}"
+            f"  {method['label']:<44} MAE {method['mae']:8.4f}{share}"
+            f"  RMSE {method['rmse']:8.4f}{fit}"
         )

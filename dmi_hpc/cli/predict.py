@@ -23,14 +23,13 @@ def predict(
 ) -> None:
     """Predict with the best checkpoint; one line per input, in the quantity's unit."""
     from dmi_hpc.assess import load_model
-    from dmi_hpc.evaluate import predict_fields
     from dmi_hpc.files import write_text
     from dmi_hpc.table import csv_text
 
     run = open_run(run_folder.resolve())
     model = load_model(run)
     labels, fields = model.task.read_inputs(inputs)
-    predicted = predict_fields(model.task, model.scale, model.module, fields, batch_size=256)
+    predicted = model.predict(fields)
     quantity = model.task.quantity
     header = ("input", f"{quantity.name} ({quantity.unit})")
     text = csv_text(header, zip(labels, (f"{p:.6g}" for p in predicted), strict=True))

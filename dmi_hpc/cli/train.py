@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmi_hpc.cli.options import Out, RecipeFile, Resume, new_app, run_of
-from dmi_hpc.errors import Interrupted, TrialFailure
-from dmi_hpc.files import write_json
+from dmi_hpc.config import RESOURCES, TrainConfig, with_train
+from dmi_hpc.errors import DataError, Interrupted, RunError, TrialFailure, together
+from dmi_hpc.files import exclusive, remove_stale, write_json, writing
+from dmi_hpc.models.spec import NetworkSpec
 from dmi_hpc.run import Run, network_to_train, record_command
 from dmi_hpc.watch import TrainingWatch, console, say, stop_on_signals
-from dmi_hpc.world import World
 
 if TYPE_CHECKING:
+    from dmi_hpc.tasks.base import Task
     from dmi_hpc.train import Job, Result
 
 app = new_app()
@@ -23,60 +29,136 @@ def train(recipe: RecipeFile, out: Out = None, resume: Resume = False) -> None:
     """Train the recipe's network: the published one, given layers, or the search's winner.
 
     Ranks are found from torchrun, mpirun or srun; `dmi launch train` starts them on this machine.
+    A finished training is left as it is.
     """
-    from dmi_hpc import collectives
-    from dmi_hpc.world import detect
-
-    world = detect()
-    device = collectives.device_of(world)
-    with collectives.group(world, device):
-        run = run_of(recipe, out) if world.is_first else None
-        collectives.barrier()  # rank 0 makes the run folder
-        run = run or run_of(recipe, out)
-        _train(run, world, device, resume)
-
-
-def _train(run: Run, world: World, device: Any, resume: bool) -> None:
     import torch
 
     from dmi_hpc import collectives
-    from dmi_hpc.config import with_train
-    from dmi_hpc.errors import DataError, RunError
     from dmi_hpc.problem import Problem
-    from dmi_hpc.tasks import make_task
     from dmi_hpc.train import Job
+    from dmi_hpc.world import detect
 
-    task, status_file = make_task(run.recipe.task), run.train / "status.json"
-    network, changes = network_to_train(run, task.published_network())
-    config = with_train(run.recipe, changes, where="search winner")
-    if status_file.exists() and not resume:
-        raise RunError(
-            f"{run.train}: a training is here already; --resume continues it, or choose another --out"
+    world = detect()
+    device, share = collectives.device_of(world), collectives.gather_objects
+    with collectives.group(world, device), ExitStack() as held:
+        plan: Plan | None = None
+        finished = None
+        with together(share):  # rank 0 first: it makes the run folder, or says why not
+            if world.is_first:
+                plan = plan_of(run_of(recipe, out))
+                held.enter_context(exclusive(plan.run.train, "training"))
+                finished = begin(plan, resume=resume)
+        finished = share(finished)[0]
+        if finished is not None:
+            if world.is_first:
+                say(_closing_line(finished))
+            return
+        with together(share):
+            plan = plan or plan_of(run_of(recipe, out))
+            torch.set_num_threads(plan.config.threads_of_rank(world.ranks_on_cores))
+            problem = Problem.open(plan.task, plan.run.data, verify=world.is_first)
+        run = plan.run
+        job = Job(
+            problem, plan.network, plan.config, run.recipe.seed, world, device, run.checkpoints
         )
+        with _state_on_disk(run.train / "status.json", world.is_first):
+            result = _fit(job, run, resume)
+            if world.is_first:
+                _finish(job, run, result)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's training: what it trains and how."""
+
+    run: Run
+    task: Task
+    network: NetworkSpec
+    config: TrainConfig
+
+    def identity(self) -> dict[str, Any]:
+        """What a training must not change on its way: all but its resources."""
+        config = self.config.model_dump(mode="json", exclude=RESOURCES["train"])
+        return {**config, "network": self.network.model_dump(mode="json")}
+
+
+def plan_of(run: Run) -> Plan:
+    """Raises DataError or RunError if the run's data set or its search's winner is missing."""
+    from dmi_hpc.tasks import make_task
+
+    task = make_task(run.recipe.task)
+    network, changes = network_to_train(run, task.published_network())
     if not (run.data / "manifest.json").exists():
         raise DataError(f"{run.data}: no data set. First: dmi data build RECIPE --out {run.folder}")
-    torch.set_num_threads(config.threads_of_rank(world.local_size))
-    collectives.barrier()
-    if world.is_first:
-        run.train.mkdir(exist_ok=True)
-        record_command(run)
-        write_json(run.train / "network.json", network.model_dump(mode="json"))
+    return Plan(run, task, network, with_train(run.recipe, changes, where="search winner"))
+
+
+def begin(plan: Plan, *, resume: bool) -> dict[str, Any] | None:
+    """On rank 0, with the lock of the training: make its folder ready.
+
+    Returns the status of a training that has finished. Raises RunError if there is one already and
+    `resume` is not set, or it is of another network or configuration; nothing is written then.
+    """
+    folder = plan.run.train
+    status_file, plan_file = folder / "status.json", folder / "plan.json"
+    if status_file.exists():
+        if not resume:
+            raise RunError(
+                f"{folder}: a training is here already; --resume continues it, or choose another "
+                "--out"
+            )
+        _require_same(plan_file, plan.identity())
+        status: dict[str, Any] = json.loads(status_file.read_text())
+        if status["state"] == "finished":
+            return status
+    with writing(folder):
+        remove_stale(folder)
+        remove_stale(plan.run.checkpoints)
+        record_command(plan.run)
+        write_json(folder / "network.json", plan.network.model_dump(mode="json"))
+        write_json(plan_file, plan.identity())
         write_json(status_file, {"state": "running"})
-    problem = Problem.open(task, run.data, verify=world.is_first)
-    job = Job(problem, network, config, run.recipe.seed, world, device, run.checkpoints)
+    return None
+
+
+def _require_same(plan_file: Path, wanted: dict[str, Any]) -> None:
+    """Raise RunError unless the training that `plan_file` records is the wanted one."""
+    folder = plan_file.parent
+    if not plan_file.exists():
+        raise RunError(f"{plan_file}: missing, so nobody knows what was trained; remove {folder}")
+    there = json.loads(plan_file.read_text())
+    changed = [key for key in wanted if there.get(key) != wanted[key]]
+    if not changed:
+        return
+    lines = "".join(
+        f"\n  {key}" + ("" if key == "network" else f": {there.get(key)} there, {wanted[key]} here")
+        for key in changed
+    )
+    raise RunError(
+        f"{folder}: holds another training; it differs in:{lines}\nChoose another --out, or remove "
+        f"{folder} if it is no longer needed"
+    )
+
+
+@contextmanager
+def _state_on_disk(status_file: Path, first: bool) -> Iterator[None]:
+    """Leave in `status_file`, by rank 0, how the block ended if it did not end well."""
+    state: dict[str, str] = {}
     try:
-        result = _fit(job, run, resume)
+        yield
     except Interrupted:
-        if world.is_first:
-            write_json(status_file, {"state": "interrupted"})
+        state = {"state": "interrupted"}
         raise
-    except TrialFailure as failure:
-        if world.is_first:
-            state = {"state": "failed", "failure": failure.kind, "message": failure.message}
-            write_json(status_file, state)
+    except Exception as error:
+        kind = error.kind if isinstance(error, TrialFailure) else "exception"
+        state = {"state": "failed", "failure": kind, "message": str(error)}
         raise
-    if world.is_first:
-        _finish(job, run, result)
+    finally:
+        if state and first:
+            try:
+                write_json(status_file, state)
+            except OSError as problem:  # a full disk: the error under way is the one to show
+                console().print(f"{status_file}: not written: {problem}")
 
 
 def _fit(job: Job, run: Run, resume: bool) -> Result:
@@ -93,24 +175,28 @@ def _finish(job: Job, run: Run, result: Result) -> None:
     """Record the outcome and say it."""
     from dmi_hpc import checkpoint
 
-    best, meta = checkpoint.best(run.checkpoints)
-    weights, unit = meta.files[checkpoint.WEIGHTS], job.problem.task.quantity.unit
-    write_json(
-        run.train / "status.json",
-        {
-            "state": "finished",
-            "ranks": job.world.size,
-            "launcher": job.world.source,
-            "device": str(job.device),
-            "engine": job.config.engine,
-            "best_checkpoint": best.name,
-            "weights_xxh3": weights,
-            "train": job.config.model_dump(mode="json"),
-            **{k: v for k, v in asdict(result).items() if k != "history"},
-        },
-    )
-    say(
-        f"trained {result.parameters:,} parameters for {result.epochs} epochs ({result.reason}) on "
-        f"{job.world.size} ranks: best validation MAE {result.best_mae:.4g} {unit} "
-        f"after epoch {result.best_epoch + 1}; weights {weights}"
+    best, meta = checkpoint.best(run.checkpoints, console().print)
+    status = {
+        "state": "finished",
+        "ranks": job.world.size,
+        "launcher": job.world.source,
+        "device": str(job.device),
+        "engine": job.config.engine,
+        "unit": job.problem.task.quantity.unit,
+        "best_checkpoint": best.name,
+        "weights_xxh3": meta.files[checkpoint.WEIGHTS],
+        "train": job.config.model_dump(mode="json"),
+        **{k: v for k, v in asdict(result).items() if k != "history"},
+    }
+    with writing(run.train):
+        write_json(run.train / "status.json", status)
+    say(_closing_line(status))
+
+
+def _closing_line(status: dict[str, Any]) -> str:
+    return (
+        f"trained {status['parameters']:,} parameters for {status['epochs']} epochs "
+        f"({status['reason']}) on {status['ranks']} ranks: best validation MAE "
+        f"{status['best_mae']:.4g} {status['unit']} after epoch {status['best_epoch'] + 1}; "
+        f"weights {status['weights_xxh3']}"
     )

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.synchronize import Event
@@ -38,8 +38,8 @@ from dmi_hpc.data.manifest import (
     write_manifest,
 )
 from dmi_hpc.data.shards import recover_shard, write_shard
-from dmi_hpc.errors import DataError, DMIError
-from dmi_hpc.files import TEMP_PREFIX
+from dmi_hpc.errors import DataError, DMIError, together
+from dmi_hpc.files import exclusive, remove_stale, writing
 
 __all__ = ["Alone", "BuildPlan", "Communicator", "MakeRows", "build"]
 
@@ -61,7 +61,8 @@ class Communicator(Protocol):
     def gather(self, value: Any) -> list[Any] | None:
         """Values of all ranks in order on rank 0, None elsewhere."""
 
-    def barrier(self) -> None: ...
+    def share(self, value: Any) -> list[Any]:
+        """Values of all ranks in order, on every rank."""
 
 
 class Alone:
@@ -73,8 +74,8 @@ class Alone:
     def gather(self, value: Any) -> list[Any] | None:
         return [value]
 
-    def barrier(self) -> None:
-        return None
+    def share(self, value: Any) -> list[Any]:
+        return [value]
 
 
 @dataclass(frozen=True)
@@ -102,39 +103,55 @@ def build(
     progress: called with the number of rows that this rank has finished since the last call.
 
     Whole shards of an interrupted build of the same plan are kept. Raises DataError: another set is
-    there, disk full, make_rows failed, its values are not finite or not what the plan says.
+    there, disk full, make_rows failed, its values are not finite or not what the plan says; RunError:
+    another build is at work there.
     """
-    fingerprint = plan.fingerprint()
-    done = _carried_out(target, plan)
-    if comm.rank == 0:
-        for stale in target.glob(f"{TEMP_PREFIX}*"):  # of a build that was killed
-            stale.unlink(missing_ok=True)
-    comm.barrier()  # every rank has looked before any of them writes
-    if done is not None:
-        return done
-    error: Exception | None = None
-    parts: dict[int, _Part] = {}
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        work = _Work(target, plan, fingerprint, make_rows)
-        mine = range(comm.rank, plan.shard_count, comm.size)
-        if processes == 1:
-            parts = {shard: work.shard(shard, progress) for shard in mine}
-        else:
-            parts = _in_processes(work, mine, processes, progress)
-    except DMIError as problem:  # the other ranks wait for us: tell them before giving up
-        error = problem
-    except OSError as problem:
-        error = _explain(problem, target, plan)
-    gathered = comm.gather((str(error) if error else None, parts))
-    if gathered is not None and error is None:
-        error = _commit(target, plan, gathered)
-    comm.barrier()
-    if error is not None:
-        raise error
-    if gathered is not None or (target / MANIFEST).exists():
+    with ExitStack() as held:
+        done: Manifest | None = None
+        with together(comm.share):
+            if comm.rank == 0:
+                done = _enter(target, plan, held)
+        done = comm.share(done)[0]
+        if done is not None:
+            return done
+        parts: dict[int, _Part] = {}
+        with together(comm.share):
+            parts = _parts(target, plan, make_rows, comm, processes, progress)
+        gathered = comm.gather(parts)
+        with together(comm.share):
+            if gathered is not None:
+                _commit(target, plan, gathered)
         return read_manifest(target)
-    raise DataError(f"{target}: another rank failed to build its part; see its message")
+
+
+def _enter(target: Path, plan: BuildPlan, held: ExitStack) -> Manifest | None:
+    """On rank 0, first: the complete set of this plan, or None and `held` has the target's lock."""
+    done = _carried_out(target, plan)
+    if done is None:
+        with writing(target.parent):
+            held.enter_context(exclusive(target, "build of a data set"))
+        done = _carried_out(target, plan)  # by another, just before we had the lock
+        remove_stale(target)
+    return done
+
+
+def _parts(
+    target: Path,
+    plan: BuildPlan,
+    make_rows: MakeRows,
+    comm: Communicator,
+    processes: int,
+    progress: Callable[[int], None],
+) -> dict[int, _Part]:
+    """This rank's shards, made."""
+    work = _Work(target, plan, plan.fingerprint(), make_rows)
+    mine = range(comm.rank, plan.shard_count, comm.size)
+    try:
+        if processes == 1:
+            return {shard: work.shard(shard, progress) for shard in mine}
+        return _in_processes(work, mine, processes, progress)
+    except OSError as problem:
+        raise _explain(problem, target, plan) from problem
 
 
 def _carried_out(target: Path, plan: BuildPlan) -> Manifest | None:
@@ -154,17 +171,13 @@ def _carried_out(target: Path, plan: BuildPlan) -> Manifest | None:
     return found if sizes == [shard.bytes for shard in found.shards] else None
 
 
-def _commit(target: Path, plan: BuildPlan, gathered: Sequence[Any]) -> Exception | None:
-    """On rank 0, when all ranks are done: write the manifest, or say who failed."""
-    failed = [f"rank {rank}: {message}" for rank, (message, _) in enumerate(gathered) if message]
-    if failed:
-        return DataError("\n".join(failed))
-    parts = {shard: part for _, some in gathered for shard, part in some.items()}
+def _commit(target: Path, plan: BuildPlan, gathered: Sequence[Mapping[int, _Part]]) -> None:
+    """On rank 0, when all ranks are done: write the manifest."""
+    parts = {shard: part for some in gathered for shard, part in some.items()}
     try:
         write_manifest(target, _manifest(plan, [parts[k] for k in range(plan.shard_count)]))
     except OSError as problem:
-        return _explain(problem, target, plan)
-    return None
+        raise _explain(problem, target, plan) from problem
 
 
 def _manifest(plan: BuildPlan, parts: Sequence[_Part]) -> Manifest:

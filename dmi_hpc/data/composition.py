@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic import Field as Option
 
 from dmi_hpc.data.build import Alone, BuildPlan, build
@@ -70,9 +70,15 @@ class CompositionImport(BaseModel):
     validation: float = Option(0.1, ge=0, lt=1, description="share of compositions")
     test: float = Option(0.1, ge=0, lt=1, description="share of compositions")
     seed: int = Option(0, ge=0)
-    train_range: tuple[float, float] | None = Option(
-        None, description="training rows with a value outside are left out; others stay"
-    )
+
+    @model_validator(mode="after")
+    def _some_left(self) -> CompositionImport:
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"validation + test is {self.validation + self.test:g}, expected less than 1: the "
+                "rest is for training"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,6 @@ class ImportReport:
     kept: int
     bad: tuple[BadLine, ...]
     duplicates: tuple[DuplicateGroup, ...]
-    out_of_range: int  # training rows left out by `train_range`
 
 
 @dataclass(frozen=True)
@@ -145,15 +150,12 @@ def import_compositions(
     read = len(rows) + len(bad)
     rows, groups = _merge(rows, options)
     splits = [split_of(options.seed, r.key, options.validation, options.test) for r in rows]
-    low, high = options.train_range or (-math.inf, math.inf)
-    fit = [split != 0 or low <= row.value <= high for row, split in zip(rows, splits, strict=True)]
-    kept = [(row, split) for row, split, ok in zip(rows, splits, fit, strict=True) if ok]
-    if not kept:
+    if not rows:
         raise DataError(f"{', '.join(map(str, files))}: no usable line in {read}")
-    arrays = _arrays([row for row, _ in kept], [split for _, split in kept])
+    arrays = _arrays(rows, splits)
     plan = _plan(files, options, arrays)
     manifest = build(target, plan, _Rows(arrays), Alone(), 1, lambda _: None)
-    return manifest, ImportReport(read, len(kept), tuple(bad), groups, len(rows) - len(kept))
+    return manifest, ImportReport(read, len(rows), tuple(bad), groups)
 
 
 def _first(problems: Sequence[object]) -> str:

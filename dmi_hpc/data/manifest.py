@@ -243,12 +243,27 @@ class Manifest(BuildPlan):
                 )
         return self
 
+    @property
+    def identity(self) -> str:
+        """Of the plan and every byte made from it: equal only for the same rows in the same splits."""
+        text = self.fingerprint() + "".join(shard.xxh3 for shard in self.shards)
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
     def field(self, name: str) -> Field:
         """The field of this name; DataError lists the names there are."""
         for field in self.fields:
             if field.name == name:
                 return field
         raise DataError(f"no field {name!r}; found {', '.join(f.name for f in self.fields)}")
+
+
+def require_identity(recorded: str, found: str, *, maker: str) -> None:
+    """Raises DataError if `maker` was made from another data set; "" stands for not recorded."""
+    if recorded and found and recorded != found:
+        raise DataError(
+            f"{maker}: made from data set {recorded}, found data set {found}: rows to be judged by "
+            "may be rows learned from. Put the first one back, or start a new run (another --out)"
+        )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -18,7 +18,7 @@ Weights = np.ndarray[Any, np.dtype[np.float32]]
 ROUNDS = 6  # 4 make a pseudo-random permutation (Luby & Rackoff 1988); 2 more for tiny domains
 
 
-def _mix(words: Words) -> Words:
+def mix(words: Words) -> Words:
     """Finaliser of SplitMix64 (Steele et al. 2014): every output bit depends on every input bit."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -53,7 +53,7 @@ class Order:
         mask = (np.uint64(1) << half) - np.uint64(1)
         left, right = values >> half, values & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+            left, right = right, left ^ (mix(right ^ key) & mask)
         return (left << half) | right
 
 

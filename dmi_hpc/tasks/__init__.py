@@ -6,8 +6,9 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from dmi_hpc.config import parse
-from dmi_hpc.errors import RecipeError
+from dmi_hpc.config import Recipe, parse
+from dmi_hpc.errors import NetworkError, RecipeError
+from dmi_hpc.models.spec import shapes
 from dmi_hpc.tasks.base import Task
 
 TASKS: dict[str, str] = {
@@ -34,3 +35,19 @@ def make_task(table: Mapping[str, Any]) -> Task:
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise RecipeError(f"task.name '{name}': expected a subclass of dmi_hpc.tasks.base.Task")
     return found(name, parse(found.Options, options, where="task"))
+
+
+def check_recipe(recipe: Recipe, *, where: str) -> None:
+    """Check what only the task knows: its name, its options, and that the layers fit its input.
+
+    Raises RecipeError, each line beginning with `where`.
+    """
+    key = ""
+    try:
+        network = make_task(recipe.task).published_network()
+        if recipe.model.layers:
+            key, network = "model: ", network.model_copy(update={"layers": recipe.model.layers})
+        shapes(network)
+    except (RecipeError, NetworkError) as error:
+        lines = str(error).splitlines()
+        raise RecipeError("\n".join(f"{where}: {key}{line}" for line in lines)) from error

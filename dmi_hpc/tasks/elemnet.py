@@ -12,6 +12,7 @@ from typing import ClassVar, cast
 import numpy as np
 import pandas
 from pydantic import Field as Option
+from pydantic import model_validator
 
 from dmi_hpc.config import Config
 from dmi_hpc.data.composition import ELEMENTS, element_fractions
@@ -44,6 +45,12 @@ class ElemNetOptions(Config):
     forest_trees: int = Option(100, ge=1, description="of the random-forest baseline")
     quantity: str = "formation_enthalpy"
     unit: str = "eV/atom"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ElemNetOptions:
+        if self.train_range is not None and not self.train_range[0] < self.train_range[1]:
+            raise ValueError(f"train_range: expected [low, high], found {list(self.train_range)}")
+        return self
 
 
 class ElemNet(Task):

@@ -337,7 +337,7 @@ def _cube_png(phase: Array) -> bytes:
     grid = np.arange(n + 1)
     a, b = np.meshgrid(grid, grid, indexing="ij")
     palette = np.array([[0.87, 0.9, 0.94], [0.16, 0.3, 0.5]])
-    top, front, side = phase[-1], phase[:, 0], phase[:, :, -1]
+    top, front, side = phase[-1].T, phase[:, 0], phase[:, :, -1]
     full = np.full_like(a, n)
     for (x, y, z), face, shade in (
         ((a, b, full), top, 1.0),

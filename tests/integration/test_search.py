@@ -94,3 +94,55 @@ trial_memory_GB = 1e-4""",
     traceback = next(t["traceback"] for t in events(run, "tell") if t.get("failure") == "exception")
     assert "toy_task.py" in traceback
     assert "ZeroDivisionError: the user's own bug" in traceback
+
+
+def test_kill_at_any_moment_with_two_workers_repeats_nothing(data, tmp_path):
+    """While Ray starts, right after an ask, and once more between two of them; then to the end."""
+    recipe = toy_recipe(
+        tmp_path / "toy.toml",
+        data,
+        'fault = "slow"',
+        search="workers = 2\ninitial = 4\nevaluations = 8",
+    )
+    run, told = tmp_path / "run", set()
+    for asks in (0, 2, 5):
+        process = start("search", recipe, "--out", run, "--resume", cwd=tmp_path)
+        if asks:
+            wait_for(lambda asks=asks: len(events(run, "ask")) >= asks, process)
+        else:
+            wait_for(
+                lambda p=process: "gcs_server" in {child.name() for child in family(p)}, process
+            )
+        os.kill(process.pid, signal.SIGKILL)
+        ended(process, -signal.SIGKILL)
+        before, told = told, evaluations(run)
+        assert before <= told
+    dmi("search", recipe, "--out", run, "--resume", cwd=tmp_path)
+    assert told < evaluations(run)  # which asserts that nothing stands there twice
+    assert len(events(run, "ask")) == len(events(run, "tell")) == 8
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_the_death_of_ray_itself_is_no_failure_of_a_network(data, tmp_path, name):
+    recipe = toy_recipe(
+        tmp_path / "toy.toml", data, 'fault = "slow"', search="workers = 2\nevaluations = 30"
+    )
+    run = tmp_path / "run"
+    process = start("search", recipe, "--out", run, cwd=tmp_path)
+    wait_for(lambda: events(run, "tell"), process)
+    next(p for p in family(process) if p.name() == name).kill()
+    assert "--resume continues" in ended(process, 75)
+    assert all(tell["status"] == "ok" for tell in events(run, "tell"))
+
+
+def test_code_that_hangs_costs_one_trial(data, tmp_path):
+    recipe = toy_recipe(
+        tmp_path / "toy.toml",
+        data,
+        'faults = { 20 = "hang" }',  # the founder's batches
+        search="workers = 1\ninitial = 3\nevaluations = 3\ntrial_time_limit_s = 20",
+    )
+    run = tmp_path / "run"
+    dmi("search", recipe, "--out", run, cwd=tmp_path)
+    kinds = {tell["id"]: tell.get("failure") for tell in events(run, "tell")}
+    assert kinds == {0: "timeout", 1: None, 2: None}

@@ -26,7 +26,7 @@ from dmi_hpc.tasks.base import Array, Baseline, BuildContext, Fields, Quantity, 
 WIDTH = 8
 SLOW_S = 0.01  # a batch
 
-Fault = Literal["none", "exception", "nan", "die", "slow"]
+Fault = Literal["none", "exception", "nan", "die", "slow", "hang"]
 
 
 class ToyOptions(Config):
@@ -85,6 +85,8 @@ class Toy(Task):
                 os.kill(os.getpid(), signal.SIGKILL)
             case "slow":
                 time.sleep(SLOW_S)
+            case "hang":
+                time.sleep(3600)
         return fields["x"]
 
     def published_network(self) -> NetworkSpec:

@@ -15,7 +15,8 @@ import pytest
 
 from dmi_hpc.data.build import Alone, build
 from dmi_hpc.data.shards import ShardSet
-from dmi_hpc.errors import CorruptShardError, DataError
+from dmi_hpc.errors import CorruptShardError, DataError, RunError
+from dmi_hpc.files import exclusive
 
 HERE = Path(__file__).parent
 
@@ -40,13 +41,16 @@ class ThreadRanks:
         class Rank:
             size = ranks.size
 
-            def gather(self, value):
+            def share(self, value):
                 ranks.values[rank] = value
                 ranks.meet.wait()
-                return list(ranks.values) if rank == 0 else None
+                shared = list(ranks.values)
+                ranks.meet.wait()  # all have read before one writes again
+                return shared
 
-            def barrier(self):
-                ranks.meet.wait()
+            def gather(self, value):
+                shared = self.share(value)
+                return shared if rank == 0 else None
 
         Rank.rank = rank
         return Rank()
@@ -170,6 +174,20 @@ def test_every_rank_hears_of_a_failure(tmp_path, toy):
     assert "rank 1" in str(first)
     assert "no solution for row 20" in str(first)
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_every_rank_hears_of_another_set_in_the_folder(tmp_path, toy):
+    build_alone(tmp_path, toy, toy.make_plan(seed=1))
+    outcomes = build_on_ranks(tmp_path, toy, 3)
+    assert all("holds another data set" in str(error) for error in outcomes)
+
+
+def test_a_second_build_in_the_folder_is_refused(tmp_path, toy):
+    with exclusive(tmp_path, "build"), pytest.raises(RunError, match="another build of a data set"):
+        build_alone(tmp_path, toy)
+    build_alone(tmp_path, toy)
+    with exclusive(tmp_path, "build"):  # a finished set is only read
+        build_alone(tmp_path, toy)
 
 
 @pytest.mark.parametrize(

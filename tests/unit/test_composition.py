@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmi_hpc.config import parse
 from dmi_hpc.data.composition import (
     ELEMENTS,
     CompositionImport,
@@ -16,7 +17,7 @@ from dmi_hpc.data.composition import (
 )
 from dmi_hpc.data.elements import parse_formula, reduced_formula
 from dmi_hpc.data.shards import ShardSet
-from dmi_hpc.errors import DataError
+from dmi_hpc.errors import DataError, RecipeError
 
 
 def run(tmp_path, text, name="table.csv", **options):
@@ -213,15 +214,9 @@ def test_compressed_and_spreadsheet_files(tmp_path):
     assert read(tmp_path, "value", "file", "line") == [[1.0, 2.0], [0, 1], [2, 2]]
 
 
-def test_training_range_leaves_evaluation_alone(tmp_path):
-    lines = [f"Fe{i}O,{100 if i % 2 else 1}" for i in range(1, 200)]
-    text = "\n".join(["formula,target", *lines])
-    _, report = run(tmp_path, text, train_range=(-5, 5), validation=0.3, test=0.3)
-    split, value = map(np.array, read(tmp_path, "split", "value"))
-    assert report.out_of_range > 0
-    assert report.kept + report.out_of_range == 199
-    assert value[split == 0].max() == 1
-    assert value[split == 1].max() == value[split == 2].max() == 100
+def test_shares_leave_rows_for_training():
+    with pytest.raises(RecipeError, match=r"validation \+ test is 1.2, expected less than 1"):
+        parse(CompositionImport, {"validation": 0.6, "test": 0.6}, where="dmi data import")
 
 
 def test_an_edited_table_is_not_taken_for_the_old_one(tmp_path):

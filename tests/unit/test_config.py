@@ -2,12 +2,14 @@ from pathlib import Path
 
 import pytest
 
+from dmi_hpc.cli.options import run_of
 from dmi_hpc.config import load_recipe
 from dmi_hpc.errors import RecipeError
 from dmi_hpc.tasks import make_task
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 MINIMAL = '[task]\nname = "homogenization"\n'
+LAYERS = MINIMAL + '[model]\nsource = "{}"\nlayers = [{{ kind = "dense", {} }}]\n'
 
 
 def write(folder, text):
@@ -30,6 +32,10 @@ def test_every_recipe_of_the_project_is_valid(path):
         (MINIMAL + '[train]\nepochs = "many"\n', ["'train.epochs'", "integer", "'many'"]),
         (MINIMAL + "[train]\nlearning_rate = -1\n", ["'train.learning_rate'", "greater than 0"]),
         (MINIMAL + '[train]\noptimizer = "lion"\n', ["'train.optimizer'", "adamw", "'lion'"]),
+        (MINIMAL + "[data]\nvalidation = 0.5\ntest = 0.5\n", ["'data'", "less than 1"]),
+        (MINIMAL + '[model]\nsource = "layers"\n', ["'model'", "none are given"]),
+        (LAYERS.format("published", "units = 4"), ["'model'", 'source is "published"']),
+        (LAYERS.format("layers", "unit = 4"), ["dense.unit'", "'units'", "here: kind, units"]),
         (MINIMAL + "[search.train]\nepoch = 1\n", ["search.train", "'epoch'", "'epochs'"]),
         ("seed = 1\n", ["'task'", "missing"]),
         ("[task]\nvoxels = 5\n", ["task.name"]),
@@ -44,9 +50,31 @@ def test_a_wrong_recipe_names_file_key_and_expectation(tmp_path, text, parts):
         assert part in str(caught.value)
 
 
-def test_a_missing_recipe_is_named(tmp_path):
+def test_a_missing_or_unreadable_recipe_is_named(tmp_path):
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(tmp_path / "absent.toml")
+    with pytest.raises(RecipeError, match=f"{tmp_path}: not a readable recipe: Is a directory"):
+        load_recipe(tmp_path)
+    (tmp_path / "image.toml").write_bytes(b"\xff\xd8")
+    with pytest.raises(RecipeError, match=r"image\.toml: not valid TOML"):
+        load_recipe(tmp_path / "image.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[task]\nname = "homogenisation"\n', "expected one of elemnet, homogenization"),
+        (MINIMAL + "voxel = 5\n", "task: unknown key 'voxel'"),
+        (LAYERS.format("layers", "units = 4"), r"model: layer 1 \(dense\): a dense layer needs"),
+        ('[task]\nname = "elemnet"\ntrain_range = [5, -5]\n', r"expected \[low, high\]"),
+    ],
+)
+def test_a_wrong_task_leaves_no_run_folder(tmp_path, text, said):
+    path = write(tmp_path, text)
+    with pytest.raises(RecipeError, match=said) as caught:
+        run_of(path, tmp_path / "run")
+    assert str(caught.value).startswith(f"{path}: ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_task_lists_the_known_ones():

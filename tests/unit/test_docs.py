@@ -138,7 +138,7 @@ def test_the_task_of_the_extending_page_can_be_searched(
     space = make_task(recipe.task).space()
     defaults = founder_defaults(space, recipe.train)
     evolution = Evolution(space, EvolutionConfig(seed=recipe.seed, initial=4), defaults)
-    evaluate = Evaluator(recipe, data, torch.device("cpu"))
+    evaluate = Evaluator(recipe, data, torch.device("cpu"), memory_GB=1.0)
     threads = torch.get_num_threads()
     try:
         for _ in range(recipe.search.evaluations):

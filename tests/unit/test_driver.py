@@ -1,19 +1,26 @@
 """The search as a whole without Ray: budget, journal, resume, winner, refusals."""
 
+import errno
 import json
+import os
+import socket
 
 import pytest
+from ray.exceptions import RaySystemError
+from ray.tune.error import TuneError
 from runner import toy_data, toy_recipe
 
 from dmi_hpc.config import load_recipe
-from dmi_hpc.errors import RunError
-from dmi_hpc.files import read_json_lines
+from dmi_hpc.errors import DataError, Interrupted, LaunchError, RunError
+from dmi_hpc.files import exclusive, read_json_lines
 from dmi_hpc.run import open_run
 from dmi_hpc.tasks import make_task
-from search.cli import search, workers_of
-from search.driver import Driver, exclusive, founder_defaults
+from search.capacity import Capacity, capacity, local_workers
+from search.cli import search
+from search.driver import Driver, founder_defaults
 from search.evolve import Failure, Success
 from search.trial import TrialOutcome
+from search.tune import cluster, judge_loss, own_errors
 
 
 @pytest.fixture
@@ -22,7 +29,9 @@ def recipe(tmp_path):
 
 
 def driver_of(recipe, folder):
-    return Driver(recipe, make_task(recipe.task).space(), folder, workers=1)
+    driver = Driver(recipe, make_task(recipe.task).space(), folder)
+    driver.start(1, 2.0)
+    return driver
 
 
 def outcome(number):
@@ -71,6 +80,14 @@ def test_a_continued_search_repeats_nothing_and_ends_alike(recipe, tmp_path, tol
     assert (events.count("ask"), events.count("tell"), events.count("resume")) == (6, 6, 1)
 
 
+def test_a_search_continued_on_other_data_is_refused(recipe, tmp_path):
+    space = make_task(recipe.task).space()
+    Driver(recipe, space, tmp_path, data="aa").start(1, 2.0)
+    with pytest.raises(DataError, match=r"journal.jsonl: made from data set aa, found data set bb"):
+        Driver(recipe, space, tmp_path, data="bb")
+    Driver(recipe, space, tmp_path, data="aa").start(1, 2.0)
+
+
 def test_no_winner_among_failures_only(recipe, tmp_path):
     driver = driver_of(recipe, tmp_path)
     kinds = ("exception", "lost", "lost", "memory", "timeout", "nan")
@@ -96,14 +113,6 @@ def test_no_trial_starts_after_the_time_limit(tmp_path):
     assert driver.done
 
 
-def test_a_second_search_in_a_folder_is_refused(tmp_path):
-    refused = pytest.raises(RunError, match="another search is running here")
-    with exclusive(tmp_path), refused, exclusive(tmp_path):
-        pass
-    with exclusive(tmp_path):  # the lock went with its holder
-        pass
-
-
 def test_the_command_wants_resume_where_a_search_is_and_refuses_a_second(tmp_path):
     data = toy_data(tmp_path / "data")
     path, run = toy_recipe(tmp_path / "toy.toml", data), tmp_path / "run"
@@ -113,7 +122,10 @@ def test_the_command_wants_resume_where_a_search_is_and_refuses_a_second(tmp_pat
     advance(driver_of(recipe, run / "search"), 2)
     with pytest.raises(RunError, match="--resume continues it"):
         search(path, run)
-    with exclusive(run / "search"), pytest.raises(RunError, match="another search is running"):
+    with (
+        exclusive(run / "search", "search"),
+        pytest.raises(RunError, match="another search is running"),
+    ):
         search(path, run, resume=True)
 
 
@@ -127,10 +139,136 @@ def test_founders_take_open_hyper_parameters_from_the_recipe(recipe):
 
 
 def test_workers_fill_the_machine_unless_told(recipe, monkeypatch):
-    assert workers_of(recipe.search) == 2
+    assert local_workers(recipe.search) == 2
     auto = recipe.search.model_copy(update={"workers": "auto", "trial_threads": 2})
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(7)))
-    assert workers_of(auto) == 3
+    assert local_workers(auto) == 3
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    assert workers_of(auto) == 8
+    assert local_workers(auto) == 8
+
+
+def test_a_cluster_holds_what_its_nodes_hold():
+    cpu = [{"CPU": 8.0, "memory": 16e9}, {"CPU": 5.0, "memory": 6e9}, {"CPU": 1.0, "memory": 1e9}]
+    assert capacity(cpu, threads=2) == Capacity(workers=6, memory_GB=3.0, gpus=False)
+    mixed = [*cpu, {"CPU": 8.0, "GPU": 4.0, "memory": 32e9}]
+    assert capacity(mixed, threads=1) == Capacity(workers=4, memory_GB=8.0, gpus=True)
+    with pytest.raises(LaunchError, match=r"CPUs of its nodes: 8, 5, 1; .* trial_threads = 9"):
+        capacity(cpu, threads=9)
+
+
+def test_a_trial_whose_worker_died_is_asked_once_more(recipe, tmp_path):
+    driver, journal = driver_of(recipe, tmp_path), tmp_path / "journal.jsonl"
+    first = driver.next_proposal()
+    before = journal.read_bytes()
+    driver.lost(first.id, Failure("lost", "died"), 1.0)
+    assert journal.read_bytes() == before
+    assert not driver.done
+    assert driver.next_proposal() is first
+    driver.again(first.id)  # not its fault: counts for nothing
+    assert driver.next_proposal() is first
+    driver.lost(first.id, Failure("lost", "died again"), 1.0)
+    assert advance(driver) == [1, 2, 3, 4, 5]
+    assert driver.evolution.outcomes[first.id] == Failure("lost", "died again")
+    assert driver.done
+
+
+def test_the_last_trial_may_be_lost_too(recipe, tmp_path):
+    driver = driver_of(recipe, tmp_path)
+    advance(driver, 5)
+    last = driver.next_proposal()
+    assert driver.next_proposal() is None
+    assert not driver.done  # a runner asks again
+    driver.lost(last.id, Failure("lost"), 1.0)
+    assert driver.next_proposal() is last
+
+
+@pytest.mark.parametrize(
+    ("seconds", "limit_s", "text", "kind"),
+    [
+        (9.0, None, "killed", None),
+        (9.0, 10.0, "killed", None),
+        (11.0, 10.0, "killed", "timeout"),
+        (11.0, 10.0, "ray::step() SpentWorker", None),
+    ],
+)
+def test_a_dead_worker_is_a_timeout_only_after_the_limit(
+    recipe, tmp_path, seconds, limit_s, text, kind
+):
+    driver = driver_of(recipe, tmp_path)
+    proposal = driver.next_proposal()
+    judge_loss(driver, proposal.id, seconds, limit_s, text)
+    told = driver.evolution.outcomes.get(proposal.id)
+    assert (told.kind if told else None) == kind
+    assert driver.next_proposal().id == (0 if kind is None else 1)
+
+
+def test_what_ray_says_of_a_death_is_in_the_journal(recipe, tmp_path):
+    driver = driver_of(recipe, tmp_path)
+    proposal = driver.next_proposal()
+    for _ in range(2):
+        judge_loss(driver, proposal.id, 1.0, None, "Traceback ...\nImportError: no libfoo\n")
+        driver.next_proposal()
+    tell = read_json_lines(tmp_path / "journal.jsonl")[-2]
+    assert (tell["event"], tell["failure"]) == ("tell", "lost")
+    assert "ImportError: no libfoo" in tell["message"]
+    assert "Traceback" in tell["traceback"]
+
+
+def test_a_session_records_what_its_machine_gave(recipe, tmp_path):
+    driver_of(recipe, tmp_path)
+    Driver(recipe, make_task(recipe.task).space(), tmp_path).start(3, 0.5)
+    first, second = read_json_lines(tmp_path / "journal.jsonl")
+    assert (first["config"]["workers"], first["config"]["trial_memory_GB"]) == (1, 2.0)
+    assert second["event"] == "resume"
+    assert second["config"] == {"workers": 3, "trial_memory_GB": 0.5}
+
+
+def test_a_full_disk_ends_the_search_and_loses_nothing(recipe, tmp_path, monkeypatch):
+    driver = driver_of(recipe, tmp_path)
+    proposal = driver.next_proposal()
+    write, room = os.write, [20, 0]
+
+    def full(handle, data):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(handle, data[: room.pop(0)])
+
+    monkeypatch.setattr("os.write", full)
+    with pytest.raises(RunError, match=r"no space left"):
+        driver.finished(proposal.id, outcome(0))
+    assert not driver.evolution.outcomes
+    monkeypatch.undo()
+    again = driver_of(recipe, tmp_path)
+    assert again.next_proposal().id == proposal.id
+    assert advance(again) == [1, 2, 3, 4, 5]
+
+
+def test_only_the_first_rank_searches(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    search(tmp_path / "unread.toml", tmp_path / "run")
+    assert "rank 0 drives the search" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_ray_address_without_a_cluster_is_refused(recipe, tmp_path, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{unused.getsockname()[1]}")
+        refused = pytest.raises(LaunchError, match="no Ray cluster there takes us in")
+        with refused, cluster(recipe.search, tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("inner", [RunError("disk full"), Interrupted("asked to stop")])
+def test_tune_does_not_hide_our_errors(inner):
+    wrapped = TuneError("Traceback ...")
+    wrapped.__context__ = inner  # as by Tune's: except Exception: raise TuneError(traceback)
+    with pytest.raises(type(inner), match=str(inner)), own_errors():
+        raise wrapped
+
+
+def test_a_failure_of_ray_is_an_interruption():
+    with pytest.raises(Interrupted, match=r"Ray failed .*no raylet"), own_errors():
+        raise RaySystemError("no raylet")

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmi_hpc.errors import NetworkError, RunError
+from dmi_hpc.models.cost import cost
 from dmi_hpc.models.space import Choice, FloatRange, Founder, NetworkSpace, SearchSpace
 from dmi_hpc.models.spec import Activation, Conv, NetworkSpec, Pool, Readout, shapes
 from search.evolve import Evolution, EvolutionConfig, Failure, SpaceExhausted, Success
 from search.genome import decode, structural_hash
 from search.simulate import simulate
-from search.space import genome_cost
 
 VOXELS = 21
 HYPER = {
@@ -35,7 +35,7 @@ def founder(name, *filters, **hyper):
 
 def objective(genome):
     """Cheap, additive, with a memory limit; about as hard as finding a good network by its parts."""
-    if genome_cost(genome, NETWORK).activations > 250 * VOXELS**3:
+    if cost(decode(genome, NETWORK)).activations > 250 * VOXELS**3:
         return Failure("memory")
     values = dict(genome.hyper)
     loss = 0.15 * (log10(values["learning_rate"]) + 3) ** 2
@@ -187,6 +187,6 @@ def test_networks_over_the_flop_limit_are_not_proposed():
     for number in range(40):
         proposal = evolution.ask()
         assert (proposal.origin == "founder") == (number == 0)
-        flops = genome_cost(proposal.genome, NETWORK).flops
+        flops = cost(decode(proposal.genome, NETWORK)).flops
         assert (flops > limit) == (proposal.origin == "founder")
         evolution.tell(proposal.id, Success(1 / flops))

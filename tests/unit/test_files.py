@@ -1,11 +1,19 @@
+import errno
+import os
+import resource
+
 import pytest
 
+from dmi_hpc.errors import RunError
 from dmi_hpc.files import (
     append_json_line,
     atomic_file,
     atomic_folder,
+    exclusive,
     read_json_lines,
+    remove_stale,
     write_json,
+    writing,
 )
 
 
@@ -49,3 +57,50 @@ def test_json_that_is_not_json_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "a.json", {"x": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    with atomic_file(tmp_path / "kept") as temp:
+        temp.write_text("x")
+    (tmp_path / ".tmp-file").write_text("half")
+    (tmp_path / ".tmp-folder" / "inner").mkdir(parents=True)
+    remove_stale(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_second_job_in_a_folder_is_refused_and_nothing_is_left(tmp_path):
+    refused = pytest.raises(RunError, match="another training is running here")
+    with exclusive(tmp_path / "new", "training"), refused, exclusive(tmp_path / "new", "training"):
+        pass
+    with exclusive(tmp_path / "new", "training"):
+        pass
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_lock_left_by_a_killed_holder_does_not_hold(tmp_path):
+    (tmp_path / "lock").touch()
+    with exclusive(tmp_path, "training"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.ENOSPC, "no space left .* MB"), (errno.EROFS, "cannot write")]
+)
+def test_failed_writes_are_for_the_user(tmp_path, number, message):
+    with pytest.raises(RunError, match=message), writing(tmp_path):
+        raise OSError(number, os.strerror(number))
+
+
+def test_a_line_cut_by_a_full_disk_is_an_error_and_costs_only_itself(tmp_path):
+    """The limit on file sizes cuts a write short as a disk that fills does."""
+    path = tmp_path / "log.jsonl"
+    append_json_line(path, {"number": 0})
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, old[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_json_line(path, {"number": 1}, durable=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    append_json_line(path, {"number": 2})
+    assert [record["number"] for record in read_json_lines(path)] == [0, 2]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from dmi_hpc import knobs
 from dmi_hpc.config import Recipe
 from dmi_hpc.errors import LaunchError
 from dmi_hpc.world import World, detect
@@ -59,9 +60,30 @@ def test_each_rank_finds_its_world(tmp_path):
     job = Job(("train",), 3, tmp_path)
     for rank in range(3):
         found = detect(rank_environment(job, rank, "file:///x"))
-        assert found == World(rank, 3, rank, 3, 0, "torchrun")
+        assert found == World(rank, 3, rank, 3, "torchrun")
     assert rank_environment(job, 0, "file:///x")["DMI_RENDEZVOUS"] == "file:///x"
     assert command_line(["info"]) == [sys.executable, "-P", "-m", "dmi_hpc", "info"]
+
+
+@pytest.mark.parametrize(
+    "outside",
+    [
+        {"DMI_WORLD": "single"},
+        {"RANK": "3", "WORLD_SIZE": "8"},
+        {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"},
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_world_of_the_launcher_does_not_reach_its_ranks(tmp_path, outside, ranks):
+    job = Job(("train",), ranks, tmp_path)
+    worlds = [detect({**outside, **rank_environment(job, r, "file:///x")}) for r in range(ranks)]
+    assert [(world.rank, world.size) for world in worlds] == [(r, ranks) for r in range(ranks)]
+
+
+def test_under_a_launcher_only_the_launcher_says_how_to_continue(monkeypatch):
+    assert "--resume continues" in knobs.resume_hint()
+    monkeypatch.setenv("DMI_LAUNCHED", "2")
+    assert knobs.resume_hint() == ""
 
 
 def job_running(monkeypatch, tmp_path, code, ranks=2):
@@ -84,7 +106,7 @@ def test_the_failed_rank_is_named_with_its_log_and_the_others_are_ended(monkeypa
 
 
 def test_a_killed_rank_is_named_before_those_that_failed_for_missing_it(monkeypatch, tmp_path):
-    code = "rank == 1 and os.kill(os.getpid(), signal.SIGKILL); sys.exit(1)"
+    code = "rank == 1 and os.kill(os.getpid(), signal.SIGKILL); time.sleep(0.5); sys.exit(1)"
     monkeypatch.setattr(cluster, "POLL_S", 1.0)
     with pytest.raises(LaunchError, match="rank 1 of 2 was killed by signal 9"):
         cluster.run(job_running(monkeypatch, tmp_path, code))

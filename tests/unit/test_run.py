@@ -41,6 +41,32 @@ def test_another_recipe_is_refused_with_the_difference(tmp_path):
     assert "seed" not in str(caught.value)
 
 
+def test_resources_may_differ_and_the_given_ones_hold(tmp_path):
+    first = open_run(tmp_path / "run", recipe())
+    given = recipe(
+        data={"processes": 2},
+        train={"threads": 3, "keep_checkpoints": 4},
+        search={"workers": 5, "time_limit_s": 6, "evaluations": 7},
+        launch={"ranks": 8},
+    )
+    assert given.fingerprint() == first.recipe.fingerprint()
+    record_command(first)
+    assert open_run(first.folder, given).recipe == given
+    assert open_run(first.folder).recipe == given
+    assert len(json.loads((first.folder / "run.json").read_text())["commands"]) == 1
+
+
+def test_data_stay_where_they_are_when_the_working_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    open_run(tmp_path / "run", recipe(data={"path": "sets/a"}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert open_run(tmp_path / "run").data == tmp_path / "sets" / "a"
+    open_run(tmp_path / "run", recipe(data={"path": "../sets/a"}))  # the same set
+    with pytest.raises(RunError, match="another run: data"):
+        open_run(tmp_path / "run", recipe(data={"path": "sets/a"}))
+
+
 def test_folders_that_hold_no_run_are_refused_and_left_alone(tmp_path):
     with pytest.raises(RunError, match="no run here"):
         open_run(tmp_path / "absent")
@@ -61,11 +87,28 @@ def test_a_newer_run_is_refused(tmp_path):
 
 def test_commands_are_recorded_once(tmp_path, monkeypatch):
     run = open_run(tmp_path / "run", recipe())
-    for arguments in (["train"], ["train"], ["evaluate"]):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    for arguments in (["train", "my recipe.toml"], ["train", "my recipe.toml"], ["evaluate"]):
         monkeypatch.setattr(sys, "argv", ["/bin/dmi", *arguments])
         record_command(run)
+    monkeypatch.setenv("PYTHONPATH", "/my tasks")
+    record_command(run)
     commands = json.loads((run.folder / "run.json").read_text())["commands"]
-    assert commands == ["dmi train", "dmi evaluate"]
+    assert commands == [
+        f"cd {tmp_path} && dmi train 'my recipe.toml'",
+        f"cd {tmp_path} && dmi evaluate",
+        f"cd {tmp_path} && PYTHONPATH='/my tasks' dmi evaluate",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"version": 1}', '{"version": 1, "recipe": 2, "commands": []}']
+)
+def test_a_damaged_run_is_named(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(RunError, match=r"run\.json: damaged"):
+        open_run(tmp_path)
 
 
 def test_the_network_is_published_given_or_found(tmp_path):

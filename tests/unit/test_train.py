@@ -1,22 +1,32 @@
 """The trainer on the toy task, in this process, with the plain-torch engine."""
 
+import errno
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dmi_hpc import checkpoint
 from dmi_hpc.config import DataConfig, TrainConfig
 from dmi_hpc.data.build import Alone
-from dmi_hpc.errors import CheckpointError, DataError, Interrupted, TrialFailure
+from dmi_hpc.engine import TorchEngine
+from dmi_hpc.errors import CheckpointError, DataError, Interrupted, RunError, TrialFailure
 from dmi_hpc.evaluate import score
 from dmi_hpc.models.spec import Activation, Dense, Dropout, NetworkSpec, Norm
 from dmi_hpc.problem import Problem, TargetScale, random_bits
 from dmi_hpc.schedule import learning_rate
 from dmi_hpc.tasks import make_task
 from dmi_hpc.tasks.base import BuildContext
-from dmi_hpc.train import Job, fit
+from dmi_hpc.train import (
+    Job,
+    _steps_between,
+    _Training,
+    fit,
+)
+from dmi_hpc.world import World
 
 CONFIG = TrainConfig(
     epochs=5, batch_size=20, learning_rate=1e-2, engine="torch", threads=1, patience=None
@@ -105,7 +115,7 @@ def test_old_checkpoints_go_but_the_best_stays(data, tmp_path):
     config = CONFIG.model_copy(update={"learning_rate": 0.5, "epochs": 8})
     result = fit(job_of(data, tmp_path, config), Watch(), resume=False, warn=print)
     kept = checkpoint.all_in(tmp_path)
-    best, meta = checkpoint.best(tmp_path)
+    best, meta = checkpoint.best(tmp_path, print)
     assert meta.metrics["validation_mae"] == result.best_mae
     assert len(kept) <= config.keep_checkpoints + 1
     assert best in kept
@@ -126,11 +136,90 @@ def test_a_loss_that_is_not_finite_is_a_typed_failure(data):
     assert "epoch 0" in caught.value.message
 
 
-def test_a_last_batch_of_one_row_trains_batch_norm(data):
+def test_a_last_batch_of_one_row_leaves_batch_statistics_alone(data, tmp_path):
     rows = len(problem_of(data).train_rows)
     config = CONFIG.model_copy(update={"batch_size": rows - 1, "epochs": 2})
-    result = fit(job_of(data, config=config), Watch(), resume=False, warn=print)
+    result = fit(job_of(data, tmp_path, config=config), Watch(), resume=False, warn=print)
     assert math.isfinite(result.best_mae)
+    weights = load_file(checkpoint.all_in(tmp_path)[-1] / checkpoint.WEIGHTS)
+    counts = [int(v) for name, v in weights.items() if name.endswith("num_batches_tracked")]
+    assert (result.steps, counts) == (4, [2])
+
+
+def test_padding_does_not_count_in_batch_statistics(data, monkeypatch):
+    """The last of two ranks has one row less: its network must not see the last one twice."""
+    monkeypatch.setattr(
+        "dmi_hpc.train.make_engine", lambda m, config, world: TorchEngine(m, config, World())
+    )
+    job = job_of(data, config=CONFIG.model_copy(update={"batch_size": 5}))
+    training = _Training(replace(job, world=World(1, 2, 1, 2, "torchrun")), Watch())
+    batch = next(iter(training.loader.epoch(0)))
+    assert batch.weights.tolist() == [1, 1, 0]
+    inputs, targets, weights = training._tensors(batch)
+    assert (len(inputs), len(targets), weights.tolist()) == (2, 2, [1, 1])
+
+
+def test_a_stop_in_the_last_steps_of_an_epoch_comes_after_its_validation(data, tmp_path):
+    """Else two states, with and without the epoch's result, would want the same step's folder."""
+    steps = -(-len(problem_of(data).train_rows) // CONFIG.batch_size)
+    watch = Watch(steps)
+    with pytest.raises(Interrupted, match=f"at epoch 1, step {steps}"):
+        fit(job_of(data, tmp_path), watch, resume=False, warn=print)
+    assert [epoch.epoch for epoch in watch.epochs] == [0]
+    assert "validation_mae" in checkpoint.read_meta(checkpoint.all_in(tmp_path)[-1]).metrics
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "interval"),
+    [(10, 0.1, 10), (10, 0.0, 10), (10, 2.0, 5), (1, 30.0, 1), (4, 1.0, 4)],
+)
+def test_ranks_agree_at_least_once_a_second(steps, seconds, interval):
+    assert _steps_between(steps, seconds) == interval
+
+
+def test_a_full_disk_ends_a_training_with_a_word_for_the_user(data, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr("dmi_hpc.checkpoint.write_json", full)
+    tmp_path.joinpath("checkpoints").mkdir()
+    with pytest.raises(RunError, match=r"no space left .*with --resume"):
+        fit(job_of(data, tmp_path / "checkpoints"), Watch(), resume=False, warn=print)
+    assert list(tmp_path.joinpath("checkpoints").iterdir()) == []
+
+
+def test_the_random_state_of_the_gpu_is_kept_too(monkeypatch):
+    device, state = torch.device("cuda", 0), torch.arange(16, dtype=torch.uint8)
+    given = []
+    monkeypatch.setattr("torch.cuda.get_rng_state", lambda device: state)
+    monkeypatch.setattr("torch.cuda.set_rng_state", lambda state, device: given.append(state))
+    checkpoint.set_random_states(checkpoint.random_states(device), device)
+    assert given == [state]
+
+
+def test_a_damaged_best_checkpoint_is_passed_over(data, tmp_path):
+    fit(job_of(data, tmp_path), Watch(), resume=False, warn=print)
+    first, _ = checkpoint.best(tmp_path, print)
+    weights = first / checkpoint.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1])
+    told = []
+    second, meta = checkpoint.best(tmp_path, told.append)
+    assert second != first
+    assert "validation_mae" in meta.metrics
+    assert len(told) == 1
+    assert "next best" in told[0]
+
+
+def test_a_whole_checkpoint_is_not_written_again_but_a_damaged_one_is(data, tmp_path):
+    fit(job_of(data, tmp_path), Watch(), resume=False, warn=print)
+    path = checkpoint.all_in(tmp_path)[-1]
+    meta, weights = checkpoint.read_meta(path), load_file(path / checkpoint.WEIGHTS)
+    inode = path.stat().st_ino
+    checkpoint.save(tmp_path, meta, weights, {"a": 1})
+    assert path.stat().st_ino == inode
+    (path / checkpoint.STATE).write_bytes(b"torn")
+    checkpoint.save(tmp_path, meta, weights, {"a": 1})
+    assert checkpoint.load_state(path) == {"a": 1}
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])

@@ -1,0 +1,100 @@
+"""What ranks do together, and which device each one has."""
+
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dmi_hpc import collectives
+from dmi_hpc.errors import DataError, DMIError, Interrupted, LaunchError, together
+from dmi_hpc.watch import stop_on_signals
+from dmi_hpc.world import World
+
+
+def on_ranks(size, function):
+    """Run function(rank) on threads, inside `together`; the error of each rank, or None."""
+    values, meet = [None] * size, threading.Barrier(size, timeout=10)
+
+    def one(rank):
+        def share(value):
+            values[rank] = value
+            meet.wait()
+            return list(values)
+
+        try:
+            with together(share):
+                function(rank)
+        except (DMIError, OSError) as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(DataError("no data"), DataError), (OSError("no data"), DMIError)]
+)
+def test_all_ranks_raise_what_one_met(error, kind):
+    def failing(rank):
+        if rank == 1:
+            raise error
+
+    found = on_ranks(3, failing)
+    assert found[1] is error
+    assert [type(found[0]), type(found[2])] == [kind, kind]
+    assert str(found[0]) == str(found[2]) == "rank 1: no data"
+
+
+def test_without_a_failure_all_go_on():
+    assert on_ranks(3, lambda rank: None) == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("error", "aborts"), [(DataError("x"), []), (Interrupted("x"), []), (KeyError("x"), [1])]
+)
+def test_what_no_other_rank_can_know_of_aborts_the_mpi_job(error, aborts):
+    called = []
+    comm = SimpleNamespace(Abort=called.append)
+    with pytest.raises(type(error)), collectives._ending_all(comm):
+        raise error
+    assert called == aborts
+
+
+@pytest.mark.parametrize(
+    ("source", "local_rank", "gpus", "index"),
+    [
+        ("torchrun", 1, 2, 1),
+        ("torchrun", 1, 1, None),
+        ("openmpi", 2, 2, None),
+        ("slurm", 3, 1, 0),  # --gpus-per-task=1: each rank sees its own alone
+    ],
+)
+def test_a_rank_has_a_gpu_of_its_own_or_is_refused(monkeypatch, source, local_rank, gpus, index):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    world = World(local_rank, 4, local_rank, 4, source)
+    if index is None:
+        with pytest.raises(LaunchError, match=f"{gpus} GPUs: start at most one rank per GPU"):
+            collectives.device_of(world)
+    else:
+        assert collectives.device_of(world) == torch.device("cuda", index)
+
+
+def test_a_closed_terminal_stops_unless_under_nohup():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with stop_on_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with stop_on_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
