@@ -107,7 +107,7 @@ _FILL = {
 def network_drawing(spec: NetworkSpec) -> str:
     """Feature maps as boxes (faces: space, thickness: channels), vectors as bars, left to right."""
     drawn = blocks(spec)
-    texts = [(b.title, *b.details) for b in drawn]
+    texts = [(*b.title.split(", "), *b.details) for b in drawn]  # a cell is narrow
     row_height = _DRAWN + _LINE * (3 + max(len(text) for text in texts)) + 8
     columns = WIDTH // _CELL
     widest = max([max(b.shape[1:]) for b in drawn if len(b.shape) > 1], default=1)

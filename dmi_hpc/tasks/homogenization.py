@@ -348,7 +348,7 @@ def _cube_png(phase: Array) -> bytes:
             x, y, z, facecolors=palette[face] * shade, rstride=1, cstride=1, shade=False
         )
     axes.set_axis_off()
-    axes.set_box_aspect((1, 1, 1), zoom=1.35)  # type: ignore[arg-type, call-arg]
+    axes.set_box_aspect((1, 1, 1), zoom=1.15)  # type: ignore[arg-type, call-arg]
     axes.view_init(elev=28, azim=-55)  # type: ignore[attr-defined]
     stream = io.BytesIO()
     figure.set_canvas(FigureCanvasAgg(figure))
