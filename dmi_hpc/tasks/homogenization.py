@@ -280,7 +280,7 @@ class Homogenization(Task):
             Baseline("two_point", "PCA of two-point statistics + regression", two_point(False)),
             Baseline(
                 "two_point_symmetric",
-                "the same, averaged over the load-axis symmetries",
+                "Two-point PCA, load-axis symmetries averaged",
                 two_point(True),
             ),
         )
