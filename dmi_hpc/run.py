@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from dmi_hpc.config import Recipe, parse
+from dmi_hpc.data.manifest import read_manifest, require_identity
 from dmi_hpc.errors import RunError
 from dmi_hpc.files import write_json
 from dmi_hpc.models.spec import NetworkSpec
@@ -186,7 +187,10 @@ def hardware() -> dict[str, Any]:
 
 
 def network_to_train(run: Run, published: NetworkSpec) -> tuple[NetworkSpec, dict[str, Any]]:
-    """(network, changed [train] keys) that the recipe's [model] asks for."""
+    """(network, changed [train] keys) that the recipe's [model] asks for.
+
+    Raises RunError without the search that it asks for, DataError if that was on other data.
+    """
     model = run.recipe.model
     if model.source == "published":
         return published, {}
@@ -198,4 +202,7 @@ def network_to_train(run: Run, published: NetworkSpec) -> tuple[NetworkSpec, dic
             f"First: dmi search RECIPE --out {run.folder}"
         )
     winner = json.loads(run.winner.read_text())
+    # its validation rows chose it: on another data set they may be test rows
+    if recorded := winner.get("data"):
+        require_identity(recorded, read_manifest(run.data).identity, maker=f"{run.winner}")
     return NetworkSpec.model_validate(winner["network"]), dict(winner["hyper"])

@@ -187,6 +187,7 @@ class Driver:
                 "genome": to_json(proposal.genome),
                 "network": decode(proposal.genome, self.space.network).model_dump(mode="json"),
                 "hyper": dict(proposal.genome.hyper),
+                "data": self._data,
             },
         )
         return path

@@ -87,9 +87,9 @@ def plan_of(run: Run) -> Plan:
     from dmi_hpc.tasks import make_task
 
     task = make_task(run.recipe.task)
-    network, changes = network_to_train(run, task.published_network())
     if not (run.data / "manifest.json").exists():
         raise DataError(f"{run.data}: no data set. First: dmi data build RECIPE --out {run.folder}")
+    network, changes = network_to_train(run, task.published_network())
     return Plan(run, task, network, with_train(run.recipe, changes, where="search winner"))
 
 

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
 from dmi_hpc.config import Recipe
-from dmi_hpc.errors import RunError
+from dmi_hpc.errors import DataError, RunError
 from dmi_hpc.models.spec import Dense, NetworkSpec
 from dmi_hpc.run import network_to_train, open_run, record_command
 
@@ -126,3 +128,15 @@ def test_the_network_is_published_given_or_found(tmp_path):
         json.dumps({"network": winner.model_dump(mode="json"), "hyper": {"batch_size": 8}})
     )
     assert network_to_train(searched, PUBLISHED) == (winner, {"batch_size": 8})
+
+
+def test_a_winner_found_on_other_data_is_not_trained(tmp_path, monkeypatch):
+    searched = open_run(tmp_path, recipe(model={"source": "search"}))
+    content = {"network": PUBLISHED.model_dump(mode="json"), "hyper": {}, "data": "old"}
+    searched.search.mkdir()
+    searched.winner.write_text(json.dumps(content))
+    for identity, refused in (("old", False), ("new", True)):
+        manifest = SimpleNamespace(identity=identity)
+        monkeypatch.setattr("dmi_hpc.run.read_manifest", lambda folder, found=manifest: found)
+        with pytest.raises(DataError, match="data set old") if refused else nullcontext():
+            assert network_to_train(searched, PUBLISHED) == (PUBLISHED, {})
