@@ -72,9 +72,7 @@ class Counters:
 
     epoch: int = 0  # the epoch in work
     step: int = 0  # steps done in all epochs
-    loss_sum: float = (
-        0.0  # over the rows of the epoch in work, this rank's share, when it was saved
-    )
+    loss_sum: float = 0.0  # this rank's, of the epoch in work, when it was saved
     best_mae: float = math.inf
     best_epoch: int = -1
     best_step: int = -1

@@ -69,10 +69,6 @@ class Material:
             raise DMIError(f"poisson is {self.poisson}; expected more than -1 and less than 0.5")
 
     @property
-    def lame_GPa(self) -> float:
-        return self.bulk_GPa - 2 / 3 * self.shear_GPa
-
-    @property
     def shear_GPa(self) -> float:
         return self.youngs_GPa / (2 * (1 + self.poisson))
 
