@@ -88,7 +88,7 @@ def assess(run: Run, split: SplitName) -> dict[str, Any]:
         ],
         "published": [asdict(figure) for figure in model.task.published()],
     }
-    rows = problem.train_rows if split == "train" else problem.shards.rows(split)
+    rows = np.asarray(problem.train_rows if split == "train" else problem.shards.rows(split))
     columns = (p.tolist() for p in predictions.values())
     table = zip(rows.tolist(), _labels(problem, rows), truth.tolist(), *columns, strict=True)
     text = csv_text(("row", "label", "truth", *predictions), table)

@@ -51,6 +51,12 @@ class DataConfig(Config):
     validation: float = Field(0.15, gt=0, lt=1, description="share of rows")
     test: float = Field(0.15, gt=0, lt=1, description="share of rows")
     processes: int | Literal["auto"] = Field("auto", description="per MPI rank; auto: its cores")
+    backend: Literal["auto", "mmap", "pread", "direct", "ram"] = Field(
+        "auto", description="how training reads; auto: what suits the storage"
+    )
+    shuffle: Literal["auto", "global", "block"] = Field(
+        "auto", description="of training; auto: block where random access is slow"
+    )
 
     @model_validator(mode="after")
     def _some_left(self) -> DataConfig:
@@ -100,6 +106,7 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     threads: int | Literal["auto"] = Field("auto", description="CPU threads of a rank")
+    loader_threads: int = Field(2, ge=0, description="that read ahead; 0: the step itself reads")
     keep_checkpoints: int = Field(2, ge=1, description="newest ones kept, besides the best")
 
     def threads_of_rank(self, local_size: int) -> int:
@@ -141,8 +148,8 @@ class LaunchConfig(Config):
 
 # With what, and how far, a run is computed, not what: it may go on with other values of these.
 RESOURCES: Final[Mapping[str, set[str]]] = {
-    "data": {"processes"},
-    "train": {"threads", "keep_checkpoints"},
+    "data": {"processes", "backend"},
+    "train": {"threads", "loader_threads", "keep_checkpoints"},
     "search": {"workers", "time_limit_s", "evaluations", "trial_memory_GB"},
     "launch": {"ranks"},
 }

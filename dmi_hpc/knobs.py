@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 
 from dmi_hpc.errors import LaunchError
 
@@ -21,6 +22,9 @@ LAUNCHED = "DMI_LAUNCHED"
 
 # Seconds a collective may wait for a missing rank before it fails.
 COLLECTIVE_TIMEOUT_S = "DMI_COLLECTIVE_TIMEOUT_S"
+
+# Folders of node-local storage, joined by ":", where staged copies of shard sets are looked for.
+STAGE = "DMI_STAGE"
 
 # Traceback of user errors too, for developers.
 DEBUG = "DMI_DEBUG"
@@ -44,6 +48,10 @@ def collective_timeout_s() -> float:
     if not 0 < seconds < math.inf:
         raise LaunchError(f"{COLLECTIVE_TIMEOUT_S}: found '{text}', expected seconds, e.g. 600")
     return seconds
+
+
+def stage_folders() -> tuple[Path, ...]:
+    return tuple(Path(name) for name in os.environ.get(STAGE, "").split(os.pathsep) if name)
 
 
 def debug() -> bool:

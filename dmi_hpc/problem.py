@@ -9,8 +9,11 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from dmi_hpc.data.sampler import mix
-from dmi_hpc.data.shards import ShardSet
+from dmi_hpc.config import DataConfig
+from dmi_hpc.data.ranges import Rows
+from dmi_hpc.data.reader import ShardSet, Verify
+from dmi_hpc.data.sampler import Shuffle
+from dmi_hpc.data.stage import find_staged
 from dmi_hpc.errors import DataError
 from dmi_hpc.tasks.base import Array, Fields, Task
 
@@ -49,22 +52,43 @@ class Problem:
 
     task: Task
     shards: ShardSet
-    train_rows: Array  # (n,) int64
+    train_rows: Rows | Array  # (n,) int64
     scale: TargetScale
+    shuffle: Shuffle | None = None  # of training; None: what suits the storage
 
     @classmethod
-    def open(cls, task: Task, path: Path, *, verify: bool = True) -> Problem:
-        """Open the shard set at `path`; raises DataError if it is another task's or misses fields."""
-        shards = ShardSet.open(path, verify=verify)
+    def open(
+        cls,
+        task: Task,
+        path: Path,
+        *,
+        verify: Verify = "open",
+        reading: DataConfig | None = None,
+        processes_on_node: int = 1,
+    ) -> Problem:
+        """Open the shard set at `path`, or its staged copy.
+
+        reading: back end and shuffle, if not what suits the storage. processes_on_node: that read
+        it. Raises DataError if it is another task's or misses fields.
+        """
+        reading = reading or DataConfig()
+        shards = ShardSet.open(
+            find_staged(path),
+            verify=verify,
+            backend=reading.backend,
+            processes_on_node=processes_on_node,
+        )
         have = {field.name for field in shards.manifest.fields}
         missing = [n for n in (*task.input_fields, task.target_field) if n not in have]
         if missing:
             raise DataError(
                 f"{path}: the task needs fields {', '.join(missing)}; found {', '.join(sorted(have))}"
             )
-        rows = shards.rows("train")
+        rows: Rows | Array = shards.rows("train")
         target = shards.gather(task.target_field, rows).astype(np.float64)
-        rows, target = rows[keep := task.in_training(target)], target[keep]
+        keep = task.in_training(target)
+        if not keep.all():
+            rows, target = np.asarray(rows)[keep], target[keep]
         if len(rows) < 2:
             raise DataError(
                 f"{path}: {len(rows)} training rows ({len(keep)} before the task's own choice among "
@@ -77,7 +101,9 @@ class Problem:
                     f"{path}: the {name} split is empty, of {len(shards)} rows in all. Make the set "
                     f"again with more rows or a larger share '{name}'"
                 )
-        return cls(task, shards, rows, TargetScale.of(target, task.quantity.transform))
+        scale = TargetScale.of(target, task.quantity.transform)
+        shuffle = None if reading.shuffle == "auto" else reading.shuffle
+        return cls(task, shards, rows, scale, shuffle)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -92,10 +118,3 @@ class Problem:
         rows = self.train_rows if name == "train" else self.shards.rows(name)
         fields = self.shards.fields(self.fields, rows)
         return fields, self.target(fields)
-
-
-def random_bits(seed: int, epoch: int, positions: Array) -> Array:
-    """(n,) uint64, uniform: a pure function of seed, epoch and position (SplitMix64)."""
-    words = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    words += np.uint64((seed * 0xD1342543DE82EF95 + epoch * 0x2545F4914F6CDD1D) & (2**64 - 1))
-    return mix(words)

@@ -20,15 +20,18 @@ from torch.nn import functional
 
 from dmi_hpc import checkpoint, collectives
 from dmi_hpc.config import TrainConfig
+from dmi_hpc.data.access import order_of
+from dmi_hpc.data.device import to_device
 from dmi_hpc.data.loader import Batch, Loader
 from dmi_hpc.data.manifest import require_identity
+from dmi_hpc.data.sampler import Order
 from dmi_hpc.engine import Engine, make_engine, statistics_untouched
 from dmi_hpc.errors import Interrupted, TrialFailure, together
 from dmi_hpc.evaluate import predict_rows, score
 from dmi_hpc.files import writing
 from dmi_hpc.models.build import build
 from dmi_hpc.models.spec import NetworkSpec
-from dmi_hpc.problem import Problem, random_bits
+from dmi_hpc.problem import Problem
 from dmi_hpc.schedule import learning_rate
 from dmi_hpc.world import World
 
@@ -64,6 +67,7 @@ class Epoch:
     learning_rate: float
     seconds: float
     samples_per_s: float
+    data_wait: float  # share of `seconds` that rank 0 waited for data
 
 
 @dataclass
@@ -123,16 +127,23 @@ class _Training:
         module = build(job.network).to(job.device)
         self.engine: Engine = make_engine(module, job.config, job.world)
         torch.manual_seed(job.seed + 1 + job.world.rank)  # but other dropout masks
+        shards, rows = job.problem.shards, job.problem.train_rows
         self.loader = Loader(
-            job.problem.shards,
-            job.problem.train_rows,
+            shards,
+            rows,
             job.problem.fields,
+            # a window of shuffling follows the node's memory: rank 0's is everybody's
+            collectives.gather_objects(
+                order_of(shards, len(rows), job.seed, shuffle=job.problem.shuffle)
+            )[0],
             batch_size=job.config.batch_size,
-            seed=job.seed,
+            prepare=self._prepare,
             rank=job.world.rank,
             size=job.world.size,
-            shuffle=True,
+            threads=job.config.loader_threads,
+            pin=job.device.type == "cuda",
         )
+        self.steps_per_epoch = self.loader.steps()
         self.counters = Counters()
         self.history: list[Epoch] = []
         # of the epoch; on the device: reading it each step would make a GPU wait
@@ -142,7 +153,7 @@ class _Training:
 
     @property
     def total_steps(self) -> int:
-        return self.loader.steps_per_epoch * self.config.epochs
+        return self.steps_per_epoch * self.config.epochs
 
     def run(self) -> Result:
         reason = "all epochs"
@@ -176,25 +187,37 @@ class _Training:
     def _train_epoch(self) -> bool:
         """True if the ranks were asked to stop during its last steps."""
         c, started = self.counters, time.perf_counter()
-        first = c.step - c.epoch * self.loader.steps_per_epoch
+        before = c.epoch * self.steps_per_epoch
+        first, waited = c.step - before, 0.0
         self.engine.module.train()
         self._agreed_step, self._agreed_time = c.step, started
-        for batch in self.loader.epoch(c.epoch, first):
-            self._loss += self._step(batch)
+        batches = self.loader.epoch(c.epoch, first * self.config.batch_size)
+        arriving = to_device(batches, self.job.device)
+        while True:
+            asked = time.perf_counter()
+            arrived = next(arriving, None)
+            waited += time.perf_counter() - asked
+            if arrived is None:
+                break
+            self._loss += self._step(*arrived)
             c.step += 1
-            self.observer.on_step(c.epoch, batch.step + 1, self.loader.steps_per_epoch)
-            last = batch.step + 1 == self.loader.steps_per_epoch
+            self.observer.on_step(c.epoch, c.step - before, self.steps_per_epoch)
+            last = c.step - before == self.steps_per_epoch
             if not last and c.step - self._agreed_step >= self._interval and self._agree():
                 self._save({})
                 raise self._interrupted()
         stop = self._agree()
         self._seconds = time.perf_counter() - started
+        self._data_wait = waited / self._seconds
         self._rows_seen = max(0, len(self.loader.rows) - first * self.config.batch_size)
         return stop
 
-    def _step(self, batch: Batch) -> torch.Tensor:
-        """One update; returns this rank's summed loss over its rows, still on the device."""
-        inputs, targets, weights = self._tensors(batch)
+    def _step(self, rows: int, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """One update; returns this rank's summed loss over its rows, still on the device.
+
+        rows: of the global batch.
+        """
+        inputs, targets, weights = (tensors[name] for name in ("inputs", "targets", "weights"))
         rate = learning_rate(self.config, (self.counters.step + 1) / self.total_steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -203,26 +226,26 @@ class _Training:
         per_row = _loss(self.config, output, targets)
         summed = (per_row * weights).sum()
         # engines average over ranks: rows of a ragged last batch still weigh the same
-        rows = min(
-            self.config.batch_size, len(self.loader.rows) - batch.step * self.config.batch_size
-        )
         self.engine.update(summed * (self.job.world.size / rows))
         return summed.detach()
 
-    def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _prepare(self, batch: Batch) -> tuple[int, dict[str, torch.Tensor]]:
+        """(rows of the global batch, what a step needs); runs in the loader's threads."""
         task, problem = self.job.problem.task, self.job.problem
         inputs = task.inputs(batch.fields)
         if self.config.augment:
-            bits = random_bits(self.job.seed, self.counters.epoch, batch.positions)
-            inputs = task.augment(inputs, bits)
-        targets = problem.scale.scale(problem.target(batch.fields))
+            inputs = task.augment(inputs, batch.bits())
+        arrays = {
+            "inputs": inputs,
+            "targets": problem.scale.scale(problem.target(batch.fields)),
+            "weights": batch.weights,
+        }
         # padding, always at the end, would count in batch statistics; a rank without rows keeps one
         real = max(1, int(batch.weights.sum()))
-        inputs_, targets_, weights_ = (
-            torch.from_numpy(np.ascontiguousarray(a[:real])).to(self.job.device, non_blocking=True)
-            for a in (inputs, targets, batch.weights)
-        )
-        return inputs_, targets_, weights_
+        return batch.stop - batch.start, {
+            name: torch.from_numpy(np.ascontiguousarray(array[:real]))
+            for name, array in arrays.items()
+        }
 
     def _agree(self) -> bool:
         """All ranks together: fail on a loss that is not finite; True if one was asked to stop."""
@@ -248,7 +271,7 @@ class _Training:
         c, job = self.counters, self.job
         # batch-norm statistics differ by rank: all evaluate and save rank 0's
         collectives.from_first_(self.engine.module.buffers())
-        rows = job.problem.shards.rows("validation")
+        rows = np.asarray(job.problem.shards.rows("validation"))
         predicted, truth = predict_rows(
             job.problem, self.engine.module, rows, job.config.batch_size, job.world
         )
@@ -267,6 +290,7 @@ class _Training:
             learning_rate=learning_rate(self.config, c.step / self.total_steps),
             seconds=self._seconds,
             samples_per_s=self._rows_seen / self._seconds,
+            data_wait=self._data_wait,
         )
         if scores.mae < c.best_mae:
             c.best_mae, c.best_epoch, c.best_step = scores.mae, c.epoch, c.step
@@ -305,6 +329,7 @@ class _Training:
         state: dict[str, Any] = {
             "counters": asdict(self.counters),
             "optimizer": self.engine.optimizer.state_dict(),
+            "order": asdict(self.loader.order),
             "ranks": ranks,
         }
         checkpoint.save(folder, meta, self.engine.module.state_dict(), state)
@@ -324,6 +349,9 @@ class _Training:
         checkpoint.load_weights(found, self.engine.module)
         self.engine.optimizer.load_state_dict(state["optimizer"])
         self.counters = Counters(**state["counters"])
+        c, batch_size = self.counters, self.config.batch_size
+        position = (c.step - c.epoch * self.steps_per_epoch) * batch_size
+        self.loader.continue_with(Order(**state["order"]), position)
         ranks, world = state["ranks"], self.job.world
         if len(ranks) == world.size:
             checkpoint.set_random_states(ranks[world.rank]["random"], self.job.device)

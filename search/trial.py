@@ -101,7 +101,8 @@ class Evaluator:
     def _problem(self) -> Problem:
         """Opened at the first trial, so that a failing task is a typed outcome too. The driver has
         verified the checksums once for all workers."""
-        return Problem.open(make_task(self._recipe.task), self._data, verify=False)
+        task = make_task(self._recipe.task)
+        return Problem.open(task, self._data, verify="none", reading=self._recipe.data)
 
     def __call__(self, genome: Mapping[str, Any]) -> TrialOutcome:
         started = time.perf_counter()

@@ -1,17 +1,16 @@
-"""``dmi data``: build, import and check shard sets."""
+"""``dmi data``: make, check, stage and look at shard sets."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
 
-import typer
-
-from dmi_hpc.cli.options import Out, RecipeFile, new_app, run_of
-from dmi_hpc.config import cores_per_rank, parse
+from dmi_hpc.cli.data_import import import_
+from dmi_hpc.cli.data_tools import bench, head, info, master, split, stage, verify
+from dmi_hpc.cli.options import Out, RecipeFile, Resume, new_app, run_of
+from dmi_hpc.config import cores_per_rank
 from dmi_hpc.data.build import Communicator
 from dmi_hpc.data.manifest import Manifest
-from dmi_hpc.errors import together
+from dmi_hpc.errors import DataError, together
 from dmi_hpc.run import Run, record_command
 from dmi_hpc.watch import console, progress_bar, say
 from dmi_hpc.world import World, detect
@@ -21,14 +20,15 @@ app = new_app()
 
 @app.callback()
 def _group() -> None:
-    """Build, import and check shard sets."""
+    """Make, check, stage and look at shard sets."""
 
 
 @app.command()
-def build(recipe: RecipeFile, out: Out = None) -> None:
+def build(recipe: RecipeFile, out: Out = None, resume: Resume = False) -> None:
     """Make the recipe's data set with its solver, over processes and MPI ranks.
 
-    A finished set of the same recipe is kept as it is; an interrupted one is completed.
+    A finished set of the same recipe is kept as it is. An interrupted one is completed with --resume:
+    only missing shards are made.
     """
     from dmi_hpc.collectives import mpi_ranks
 
@@ -37,6 +37,8 @@ def build(recipe: RecipeFile, out: Out = None) -> None:
         run: Run | None = None
         with together(communicator.share):  # rank 0 first: it makes the run folder
             run = run_of(recipe, out) if world.is_first else None
+            if run is not None and not resume:
+                _refuse_unfinished(run.data)
         with together(communicator.share):
             run = run or run_of(recipe, out)
         manifest = _build(run, world, communicator)
@@ -44,6 +46,17 @@ def build(recipe: RecipeFile, out: Out = None) -> None:
         record_command(run)
         rows = ", ".join(f"{count} {name}" for name, count in manifest.split_rows.items())
         say(f"data set {run.data}: {manifest.rows} rows ({rows}) in {len(manifest.shards)} shards")
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """An interrupted build is there: continue it or not is the user's word."""
+    from dmi_hpc.data.parts import unfinished
+
+    if count := unfinished(folder):
+        raise DataError(
+            f"{folder}: an interrupted build left {count} finished shards here; --resume keeps them "
+            "and makes the rest. To begin anew choose another --out, or delete the folder"
+        )
 
 
 def _build(run: Run, world: World, communicator: Communicator) -> Manifest:
@@ -68,65 +81,6 @@ def _build(run: Run, world: World, communicator: Communicator) -> Manifest:
         return task.build_data(run.data, context)
 
 
-@app.command(name="import")
-def import_(
-    files: Annotated[list[Path], typer.Argument(help="CSV files (also .csv.xz, .csv.gz)")],
-    out: Annotated[Path, typer.Option(help="folder of the new shard set")],
-    formula: Annotated[str, typer.Option(help="column of the formulas")] = "formula",
-    value: Annotated[str, typer.Option(help="column of the target")] = "target",
-    quantity: Annotated[str, typer.Option(help="name of the target")] = "formation_enthalpy",
-    unit: Annotated[str, typer.Option(help="unit of the target")] = "eV/atom",
-    bad: Annotated[str, typer.Option(help="bad lines: error | skip")] = "error",
-    duplicates: Annotated[
-        str, typer.Option(help="lines of one composition: keep | error | mean | lowest")
-    ] = "keep",
-    validation: Annotated[float, typer.Option(help="share of compositions")] = 0.1,
-    test: Annotated[float, typer.Option(help="share of compositions")] = 0.1,
-    seed: Annotated[int, typer.Option(help="of the split")] = 0,
-) -> None:
-    """Turn a CSV of compositions and targets into a shard set.
-
-    One composition is never in two splits. Bad lines and duplicates are reported by line number.
-    """
-    from dmi_hpc.data.composition import CompositionImport, import_compositions
-
-    raw: dict[str, Any] = {
-        "formula": formula,
-        "value": value,
-        "quantity": quantity,
-        "unit": unit,
-        "bad": bad,
-        "duplicates": duplicates,
-        "validation": validation,
-        "test": test,
-        "seed": seed,
-    }
-    options = parse(CompositionImport, raw, where="dmi data import")
-    manifest, report = import_compositions(files, out, options)
-    show = console()
-    for problem in report.bad[:20]:
-        show.print(
-            f"skipped {problem.file}, line {problem.line}: {problem.formula!r}: {problem.reason}"
-        )
-    if len(report.bad) > 20:
-        show.print(f"... and {len(report.bad) - 20} more bad lines")
-    for group in report.duplicates[:5]:
-        lines = ", ".join(map(str, group.lines))
-        show.print(f"composition {group.formula} stands in lines {lines} ({duplicates})")
-    if len(report.duplicates) > 5:
-        show.print(f"... and {len(report.duplicates) - 5} more compositions with several lines")
-    rows = ", ".join(f"{count} {name}" for name, count in manifest.split_rows.items())
-    say(f"data set {out}: {report.kept} of {report.read} lines kept ({rows})")
-
-
-@app.command()
-def verify(path: Annotated[Path, typer.Argument(help="folder of a shard set")]) -> None:
-    """Read every shard and compare its checksum with the manifest."""
-    from dmi_hpc.data.shards import ShardSet
-
-    with ShardSet.open(path, verify=True) as shards:
-        manifest = shards.manifest
-        size = sum(shard.bytes for shard in manifest.shards)
-        say(
-            f"{path}: {manifest.rows} rows, {len(manifest.shards)} shards, {size:,} bytes: all whole"
-        )
+app.command(name="import")(import_)
+for _tool in (info, head, verify, split, stage, bench, master):
+    app.command()(_tool)

@@ -18,6 +18,7 @@ from dmi_hpc.run import Run, network_to_train, record_command
 from dmi_hpc.watch import TrainingWatch, console, say, stop_on_signals
 
 if TYPE_CHECKING:
+    from dmi_hpc.problem import Problem
     from dmi_hpc.tasks.base import Task
     from dmi_hpc.train import Job, Result
 
@@ -56,8 +57,16 @@ def train(recipe: RecipeFile, out: Out = None, resume: Resume = False) -> None:
         with together(share):
             plan = plan or plan_of(run_of(recipe, out))
             torch.set_num_threads(plan.config.threads_of_rank(world.ranks_on_cores))
-            problem = Problem.open(plan.task, plan.run.data, verify=world.is_first)
+            problem = Problem.open(
+                plan.task,
+                plan.run.data,
+                verify="open" if world.is_first else "none",
+                reading=plan.run.recipe.data,
+                processes_on_node=world.ranks_on_cores,
+            )
         run = plan.run
+        if world.is_first:
+            console().print(f"reading {reading_of(problem)}", highlight=False)
         job = Job(
             problem, plan.network, plan.config, run.recipe.seed, world, device, run.checkpoints
         )
@@ -91,6 +100,13 @@ def plan_of(run: Run) -> Plan:
         raise DataError(f"{run.data}: no data set. First: dmi data build RECIPE --out {run.folder}")
     network, changes = network_to_train(run, task.published_network())
     return Plan(run, task, network, with_train(run.recipe, changes, where="search winner"))
+
+
+def reading_of(problem: Problem) -> str:
+    """How the data are read, and why so."""
+    access = problem.shards.access
+    shuffle = problem.shuffle or access.shuffle
+    return f"{problem.shards.path}: {access.backend}, {shuffle} shuffle ({access.reason})"
 
 
 def begin(plan: Plan, *, resume: bool) -> dict[str, Any] | None:
@@ -181,6 +197,7 @@ def _finish(job: Job, run: Run, result: Result) -> None:
         "ranks": job.world.size,
         "launcher": job.world.source,
         "device": str(job.device),
+        "reading": reading_of(job.problem),
         "engine": job.config.engine,
         "unit": job.problem.task.quantity.unit,
         "best_checkpoint": best.name,

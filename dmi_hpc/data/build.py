@@ -6,10 +6,8 @@ The manifest is written last; until then there is no set, and the same command c
 
 from __future__ import annotations
 
-import errno
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,24 +25,31 @@ import numpy as np
 from dmi_hpc.data.manifest import (
     MANIFEST,
     SPLIT,
-    SPLITS,
     BuildPlan,
-    Field,
     Manifest,
-    Moments,
-    ShardRecord,
     read_manifest,
     split_of,
     write_manifest,
 )
-from dmi_hpc.data.shards import recover_shard, write_shard
+from dmi_hpc.data.parts import (
+    Part,
+    explain,
+    forget_parts,
+    make_part,
+    manifest_of,
+    note_part,
+    noted_part,
+)
+from dmi_hpc.data.ragged import Ragged
+from dmi_hpc.data.sampler import Order
+from dmi_hpc.data.shard import check_rows, concatenate
 from dmi_hpc.errors import DataError, DMIError, together
 from dmi_hpc.files import exclusive, remove_stale, writing
 
 __all__ = ["Alone", "BuildPlan", "Communicator", "MakeRows", "build"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
-MakeRows = Callable[[Array], Mapping[str, Array]]
+MakeRows = Callable[[Array], Mapping[str, "Array | Ragged"]]
 
 ROWS_PER_CALL = 16  # of make_rows: how finely progress is reported and a stop obeyed
 _POLL_S = 0.25
@@ -78,15 +83,6 @@ class Alone:
         return [value]
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What the manifest needs to know of one finished shard."""
-
-    record: ShardRecord
-    moments: dict[str, Moments]  # of training rows, by numeric field
-    split_rows: tuple[int, ...]
-
-
 def build(
     target: Path,
     plan: BuildPlan,
@@ -94,17 +90,20 @@ def build(
     comm: Communicator,
     processes: int,
     progress: Callable[[int], None],
+    rows_per_call: int = ROWS_PER_CALL,
 ) -> Manifest:
     """Make the shard set `target`, or return it if this very plan is already carried out there.
 
-    make_rows: (n,) int64 row numbers -> {field: (n, *shape)}; a pure function, picklable if
-    `processes` > 1 (then started by spawn, one thread each). It may return "split" too, (n,) uint8,
-    where rows share a key; else the key of a row is its number in decimal.
+    make_rows: (n,) int64 row numbers -> {field: (n, *shape) or Ragged}; a pure function, picklable
+    if `processes` > 1 (then started by spawn, one thread each). It may return "split" too, (n,)
+    uint8, where rows share a key; else the key of a row is its number in decimal.
     progress: called with the number of rows that this rank has finished since the last call.
+    rows_per_call: at most so many go into one call of make_rows.
 
-    Whole shards of an interrupted build of the same plan are kept. Raises DataError: another set is
-    there, disk full, make_rows failed, its values are not finite or not what the plan says; RunError:
-    another build is at work there.
+    Rows of a shard come in the order of their numbers, or of a shuffle if the plan says so, and are
+    then grouped by split. Whole shards of an interrupted build of the same plan are kept. Raises
+    DataError: another set is there, disk full, make_rows failed, its values are not finite or not
+    what the plan says; RunError: another build is at work there.
     """
     with ExitStack() as held:
         done: Manifest | None = None
@@ -114,9 +113,10 @@ def build(
         done = comm.share(done)[0]
         if done is not None:
             return done
-        parts: dict[int, _Part] = {}
+        parts: dict[int, Part] = {}
         with together(comm.share):
-            parts = _parts(target, plan, make_rows, comm, processes, progress)
+            work = _Work(target, plan, plan.fingerprint(), make_rows, rows_per_call)
+            parts = _parts(work, comm, processes, progress)
         gathered = comm.gather(parts)
         with together(comm.share):
             if gathered is not None:
@@ -136,22 +136,23 @@ def _enter(target: Path, plan: BuildPlan, held: ExitStack) -> Manifest | None:
 
 
 def _parts(
-    target: Path,
-    plan: BuildPlan,
-    make_rows: MakeRows,
-    comm: Communicator,
-    processes: int,
-    progress: Callable[[int], None],
-) -> dict[int, _Part]:
+    work: _Work, comm: Communicator, processes: int, progress: Callable[[int], None]
+) -> dict[int, Part]:
     """This rank's shards, made."""
-    work = _Work(target, plan, plan.fingerprint(), make_rows)
-    mine = range(comm.rank, plan.shard_count, comm.size)
+    mine = range(comm.rank, work.plan.shard_count, comm.size)
     try:
         if processes == 1:
             return {shard: work.shard(shard, progress) for shard in mine}
         return _in_processes(work, mine, processes, progress)
     except OSError as problem:
-        raise _explain(problem, target, plan) from problem
+        raise explain(problem, work.target, _needed(work.plan)) from problem
+
+
+def _needed(plan: BuildPlan) -> int | None:
+    """Bytes of the whole set, if its fields tell."""
+    assert plan.rows is not None, "rows of a plan to build are known"
+    known = not plan.axes and plan.compression is None
+    return plan.rows * sum(field.entry_bytes for field in plan.fields) if known else None
 
 
 def _carried_out(target: Path, plan: BuildPlan) -> Manifest | None:
@@ -159,7 +160,7 @@ def _carried_out(target: Path, plan: BuildPlan) -> Manifest | None:
     if not (target / MANIFEST).exists():
         return None
     found = read_manifest(target)
-    here, wanted = found.plan_json(), plan.plan_json()
+    here, wanted = found.plan.model_dump(mode="json"), plan.model_dump(mode="json")
     changed = [key for key in wanted if here[key] != wanted[key]]
     if changed:
         lines = "".join(f"\n  {key}: found {here[key]}, expected {wanted[key]}" for key in changed)
@@ -171,41 +172,15 @@ def _carried_out(target: Path, plan: BuildPlan) -> Manifest | None:
     return found if sizes == [shard.bytes for shard in found.shards] else None
 
 
-def _commit(target: Path, plan: BuildPlan, gathered: Sequence[Mapping[int, _Part]]) -> None:
+def _commit(target: Path, plan: BuildPlan, gathered: Sequence[Mapping[int, Part]]) -> None:
     """On rank 0, when all ranks are done: write the manifest."""
     parts = {shard: part for some in gathered for shard, part in some.items()}
+    manifest = manifest_of(plan, [parts[k] for k in range(plan.shard_count)])
     try:
-        write_manifest(target, _manifest(plan, [parts[k] for k in range(plan.shard_count)]))
+        write_manifest(target, manifest)
+        forget_parts(target)
     except OSError as problem:
-        raise _explain(problem, target, plan) from problem
-
-
-def _manifest(plan: BuildPlan, parts: Sequence[_Part]) -> Manifest:
-    """Merged in the order of shards: the same floats for any number of ranks."""
-    statistics: dict[str, Moments] = {}
-    for part in parts:
-        for name, moments in part.moments.items():
-            merged = statistics.get(name)
-            statistics[name] = merged.merge(moments) if merged else moments
-    totals = np.sum([part.split_rows for part in parts], axis=0)
-    return Manifest(
-        **dict(plan),
-        shards=tuple(part.record for part in parts),
-        split_rows={name: int(n) for name, n in zip(SPLITS, totals, strict=True)},
-        statistics={name: moments.statistics() for name, moments in statistics.items()},
-    )
-
-
-def _explain(problem: OSError, target: Path, plan: BuildPlan) -> Exception:
-    if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return DataError(f"{target}: cannot write the data set: {problem}")
-    needed = plan.rows * sum(field.row_bytes for field in plan.fields)
-    free = shutil.disk_usage(target if target.exists() else target.parent).free
-    return DataError(
-        f"{target}: no space left. The whole set needs about {needed / 1e6:.1f} MB, "
-        f"{free / 1e6:.1f} MB are free here (or your quota is spent). Make room and repeat the "
-        "command: finished shards are kept."
-    )
+        raise explain(problem, target, _needed(plan)) from problem
 
 
 class _Stopped(Exception):
@@ -220,35 +195,30 @@ class _Work:
     plan: BuildPlan
     fingerprint: str
     make_rows: MakeRows
+    rows_per_call: int
 
-    def shard(self, shard: int, advance: Callable[[int], None]) -> _Part:
+    def shard(self, shard: int, advance: Callable[[int], None]) -> Part:
         rows, path = self.plan.shard_rows(shard), self.target / f"shard-{shard:05d}.h5"
-        kept = recover_shard(path, len(rows), self.plan.fields, self.fingerprint)
-        if kept is not None:
-            record, arrays = kept
+        part = noted_part(path, self.fingerprint)
+        if part is not None:
             advance(len(rows))
-        else:
-            arrays = self._arrays(rows, advance)
-            record = write_shard(path, arrays, self.plan.fields, self.fingerprint)
-        train = arrays[SPLIT.name] == 0
-        moments = {
-            field.name: Moments.of(arrays[field.name][train])
-            for field in self.plan.fields
-            if field.numeric and field != SPLIT and train.any()
-        }
-        counts = np.bincount(arrays[SPLIT.name], minlength=len(SPLITS))
-        return _Part(record, moments, tuple(int(n) for n in counts))
+            return part
+        part = make_part(path, self.plan, self._rows(rows, advance))
+        note_part(path, part)
+        return part
 
-    def _arrays(self, rows: range, advance: Callable[[int], None]) -> dict[str, Array]:
+    def _rows(self, rows: range, advance: Callable[[int], None]) -> dict[str, Array | Ragged]:
         pieces = []
-        for start in range(rows.start, rows.stop, ROWS_PER_CALL):
-            ids = np.arange(start, min(start + ROWS_PER_CALL, rows.stop), dtype=np.int64)
+        for start in range(rows.start, rows.stop, self.rows_per_call):
+            ids = np.arange(start, min(start + self.rows_per_call, rows.stop), dtype=np.int64)
+            if self.plan.shuffled:
+                assert self.plan.rows is not None, "rows of a plan to build are known"
+                ids = Order(self.plan.seed, self.plan.rows).index(0, ids)
             pieces.append(self._made(ids))
             advance(len(ids))
-        names = pieces[0].keys()
-        return {name: np.concatenate([piece[name] for piece in pieces]) for name in names}
+        return concatenate(self.plan, pieces)
 
-    def _made(self, ids: Array) -> dict[str, Array]:
+    def _made(self, ids: Array) -> dict[str, Array | Ragged]:
         where = f"rows {ids[0]} to {ids[-1]}"
         try:
             made = dict(self.make_rows(ids))
@@ -260,29 +230,15 @@ class _Work:
             rule = self.plan.split_rule
             splits = [split_of(rule.seed, str(i), rule.validation, rule.test) for i in ids]
             made[SPLIT.name] = np.array(splits, dtype=np.uint8)
-        for field in self.plan.fields:
-            _check(field, made, len(ids), where)
+        found = check_rows(self.plan, made, where)
+        if found != len(ids):
+            raise DataError(f"{where}: expected {len(ids)} rows, found {found}")
         return made
-
-
-def _check(field: Field, made: Mapping[str, Array], rows: int, where: str) -> None:
-    if field.name not in made:
-        raise DataError(f"{where}: no field {field.name!r}; found {', '.join(made)}")
-    array = made[field.name]
-    if array.shape != (rows, *field.shape) or array.dtype.newbyteorder("<") != field.numpy:
-        raise DataError(
-            f"{where}: field {field.name!r}: expected {field.dtype} {(rows, *field.shape)}, "
-            f"found {array.dtype} {array.shape}"
-        )
-    if field.numeric and not np.isfinite(array).all():
-        raise DataError(f"{where}: field {field.name!r} has values that are not finite")
-    if field == SPLIT and array.max() >= len(SPLITS):
-        raise DataError(f"{where}: field 'split': expected 0, 1 or 2, found {array.max()}")
 
 
 def _in_processes(
     work: _Work, shards: range, processes: int, progress: Callable[[int], None]
-) -> dict[int, _Part]:
+) -> dict[int, Part]:
     context = multiprocessing.get_context("spawn")
     counter, stop = context.Value("q", 0), context.Event()
     workers = max(1, min(processes, len(shards)))
@@ -344,7 +300,7 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _one_shard(shard: int) -> _Part:
+def _one_shard(shard: int) -> Part:
     assert _worker is not None, "runs in workers only"
     work, counter, stop = _worker
 

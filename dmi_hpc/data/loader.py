@@ -1,65 +1,318 @@
-"""Batches of one rank, as fresh numpy arrays.
+"""Batches of one rank: threads gather ahead into buffers that are used again.
 
-Synchronous: a gather from memory-mapped shards already runs at the speed of a gather from RAM, and
-worker processes were measured 7 to 13 times slower.
+Threads, not processes: a gather releases the GIL, and handing batches between processes was
+measured 7 to 13 times slower than the gather itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import itertools
+import math
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from dmi_hpc.data.sampler import Batches, Ids, Order, Weights, rank_slice
-from dmi_hpc.data.shards import ShardSet
+from dmi_hpc.data.ragged import Ragged
+from dmi_hpc.data.ranges import Rows
+from dmi_hpc.data.reader import ShardSet
+from dmi_hpc.data.sampler import Batches, Ids, Order, Tail, Weights, mix, rank_slice
+from dmi_hpc.errors import DataError
 
 Array = np.ndarray[Any, np.dtype[Any]]
+T = TypeVar("T")
+
+# Small batches are made several at once, to spread what numpy and threads cost a call
+_INDEX_AHEAD = 16384  # positions whose rows are computed together
+_CHUNK_BYTES = 4 * 2**20  # of batches that are read together
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's share of a global batch of n = ceil(batch / ranks) rows."""
+    """A rank's share of a global batch, n = ceil(batch / ranks) rows.
 
-    fields: dict[str, Array]  # name -> (n, *shape)
+    Fields that refer to an axis count its entries over the batch, not over their row, as int64.
+    """
+
+    fields: dict[str, Any]  # name -> (n, *shape) or Ragged
     positions: Ids  # (n,) place in the epoch, before shuffling
     rows: Ids  # (n,) row of the shard set
     weights: Weights  # (n,) 1, or 0 where a row only pads
-    step: int  # within the epoch
+    seed: int
+    epoch: int
+    start: int  # samples of the epoch that all ranks consume before this batch ...
+    stop: int  # ... and with it: the position to resume from
+
+    def bits(self, purpose: int = 0) -> Any:
+        """(n,) uint64, uniform: a pure function of seed, epoch, position and purpose."""
+        return random_bits(self.seed, self.epoch, self.positions, purpose)
 
 
-class Loader:
-    """Epochs over some rows of a shard set; the same sequence at any number of ranks.
+def random_bits(seed: int, epoch: int, positions: Ids, purpose: int = 0) -> Any:
+    """(n,) uint64, uniform: the same whatever the ranks, threads and batches (SplitMix64)."""
+    words = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    key = seed * 0xD1342543DE82EF95 + epoch * 0x2545F4914F6CDD1D + purpose * 0xDA942042E4DD58B5
+    words += np.uint64(key & (2**64 - 1))
+    return mix(words)
 
-    rows: (m,) int64, for example `shards.rows("train")`.
+
+@dataclass(frozen=True)
+class _Share:
+    """One rank's part of a step, before its data are read."""
+
+    start: int
+    stop: int
+    positions: Ids
+    weights: Weights
+    rows: Ids
+
+
+class Loader(Generic[T]):
+    """Epochs over some rows of a shard set; the same sequence at any number of ranks and threads.
+
+    rows: `shards.rows("train")`, or (m,) int64. order: of len(rows) rows. prepare: run on each batch
+    in the thread that has read it; what it returns is what is iterated over. A batch's arrays are
+    used again once nobody holds them (or a view, or a tensor made from one) any more.
+    pin: page-locked buffers, for copies to a GPU beside its work.
     """
 
     def __init__(
         self,
         shards: ShardSet,
-        rows: Ids,
-        fields: tuple[str, ...],
+        rows: Rows | Ids,
+        fields: Sequence[str],
+        order: Order,
         *,
         batch_size: int,
-        seed: int,
+        prepare: Callable[[Batch], T],
         rank: int = 0,
         size: int = 1,
-        shuffle: bool,
+        tail: Tail = "keep",
+        threads: int = 2,
+        pin: bool = False,
     ) -> None:
-        self.shards, self.rows, self.fields = shards, rows, fields
-        self.rank, self.size, self.shuffle = rank, size, shuffle
-        self.order = Order(seed, len(rows))
-        self.batches = Batches(len(rows), batch_size)
+        assert order.rows == len(rows), "the order is of other rows"
+        self.shards, self.rows, self.fields, self.order = shards, rows, tuple(fields), order
+        self.rank, self.size, self.threads = rank, size, threads
+        self.batches = Batches(len(rows), batch_size, tail)
+        self._prepare = prepare
+        self._buffers = _Buffers(pin=pin, idle=2 * threads + 4)
+        self._full = rank_slice(np.arange(batch_size, dtype=np.int64), rank, size)
+        share = len(self._full[0]) * shards.row_bytes(self.fields)
+        self._most = max(1, int(_CHUNK_BYTES // max(share, 1)))
+        known = {name: shards.manifest.field(name) for name in fields}
+        self._refers = {n: f.refers for n, f in known.items() if f.refers is not None}
+        # axes that are referred to, and a field to tell how many entries each row has
+        axes = {field.axis: name for name, field in known.items() if field.axis is not None}
+        for axis in set(self._refers.values()) - set(axes):
+            axes[axis] = next(f.name for f in shards.manifest.fields if f.axis == axis)
+        self._axes = axes
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.batches.steps_per_epoch
+    def steps(self, start: int = 0) -> int:
+        """Batches from a position of an epoch to its end."""
+        return self.batches.steps(start)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Batches of an epoch from a step on; arrays are the caller's to keep."""
-        for step in range(start_step, self.steps_per_epoch):
-            positions, weights = rank_slice(self.batches.positions(step), self.rank, self.size)
-            index = self.order.index(epoch, positions) if self.shuffle else positions
-            rows = self.rows[index]
-            yield Batch(self.shards.fields(self.fields, rows), positions, rows, weights, step)
+    def continue_with(self, order: Order, position: int) -> None:
+        """Take over the order of an interrupted run, which other storage or memory may not suggest.
+
+        Raises DataError if it is of another number of rows, or its parts do not fit the batch size.
+        """
+        if order.rows != len(self.rows):
+            raise DataError(f"an order of {order.rows} rows, found {len(self.rows)}: other rows")
+        order.check_resume(position, self.batches.batch_size)
+        self.steps(position)
+        if order.parts > 1:
+            order = replace(order, batch_size=self.batches.batch_size)
+        self.order = order
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[T]:
+        """What `prepare` makes of the batches of an epoch, from a position on."""
+        if self.threads == 0:
+            for chunk in self._chunks(self._shares(epoch, start)):
+                yield from self._load(epoch, chunk)
+            return
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="dmi-loader")
+        waiting: deque[Future[list[T]]] = deque()
+        try:
+            shares = self._shares_ahead(epoch, start, pool)
+            if self.order.shuffle == "block" and self.shards.reads_blocks:
+                shares = self._windows_ahead(epoch, shares, pool)
+            for chunk in self._chunks(shares):
+                waiting.append(pool.submit(self._load, epoch, chunk))
+                if len(waiting) > 2 * self.threads:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _chunks(self, shares: Iterator[_Share]) -> Iterator[list[_Share]]:
+        """Shares that are read in one go: first one, then more, so that the first comes soon."""
+        length = 1
+        while chunk := list(itertools.islice(shares, length)):
+            yield chunk
+            length = min(2 * length, self._most)
+
+    def _load(self, epoch: int, shares: list[_Share]) -> list[T]:
+        rows = shares[0].rows if len(shares) == 1 else np.concatenate([s.rows for s in shares])
+        found = self.shards.fields(self.fields, rows, self._buffers.borrow)
+        loaded, at = [], 0
+        for share in shares:
+            stop = at + len(share.rows)
+            fields = {name: _part(values, at, stop) for name, values in found.items()}
+            for name, axis in self._refers.items():
+                fields[name] = _shifted(fields[name], self._base(axis, fields, share.rows))
+            at = stop
+            batch = Batch(
+                fields=fields,
+                positions=share.positions,
+                rows=share.rows,
+                weights=share.weights,
+                seed=self.order.seed,
+                epoch=epoch,
+                start=share.start,
+                stop=share.stop,
+            )
+            loaded.append(self._prepare(batch))
+        return loaded
+
+    def _base(self, axis: str, found: dict[str, Any], rows: Ids) -> Ids:
+        """Entries of an axis before each row of the batch."""
+        name = self._axes[axis]
+        ragged: Ragged = found[name] if name in found else self.shards.gather(name, rows)
+        return ragged.offsets[:-1]
+
+    def _group(self, epoch: int, start: int, first: int, stop: int) -> list[_Share]:
+        """Shares of the steps from first to stop."""
+        size = self.batches.batch_size
+        offsets, weights = self._full
+        befores = [start + step * size for step in range(first, stop)]
+        parts = [(offsets + before, weights) for before in befores]
+        if befores[-1] + size > len(self.rows):
+            last = self.batches.positions(start, stop - 1)
+            parts[-1] = rank_slice(last, self.rank, self.size)
+        rows = self.rows[self.order.index(epoch, np.concatenate([part[0] for part in parts]))]
+        each = np.split(rows, np.cumsum([len(part[0]) for part in parts])[:-1])
+        return [
+            _Share(before, min(before + size, len(self.rows)), *part, mine)
+            for before, part, mine in zip(befores, parts, each, strict=True)
+        ]
+
+    def _groups(self, start: int) -> Iterator[tuple[int, int]]:
+        steps, length = self.steps(start), max(1, _INDEX_AHEAD // len(self._full[0]))
+        return ((first, min(first + length, steps)) for first in range(0, steps, length))
+
+    def _shares(self, epoch: int, start: int) -> Iterator[_Share]:
+        for first, stop in self._groups(start):
+            yield from self._group(epoch, start, first, stop)
+
+    def _shares_ahead(self, epoch: int, start: int, pool: ThreadPoolExecutor) -> Iterator[_Share]:
+        """The same; the next group is computed while this one is loaded."""
+        coming: deque[Future[list[_Share]]] = deque()
+        for first, stop in self._groups(start):
+            coming.append(pool.submit(self._group, epoch, start, first, stop))
+            if len(coming) > 1:
+                yield from coming.popleft().result()
+        while coming:
+            yield from coming.popleft().result()
+
+    def _windows_ahead(
+        self, epoch: int, shares: Iterator[_Share], pool: ThreadPoolExecutor
+    ) -> Iterator[_Share]:
+        """The same; blocks of the next window are read while rows of this one are used.
+
+        What fails there fails again, with its error, when the rows themselves are read.
+        """
+        order, known = self.order, -1
+        for share in shares:
+            window = int(order.window_of(epoch, share.positions[-1:])[0])
+            if window > known:
+                known = window
+                if window + 1 < order.windows:
+                    for block in order.blocks(epoch, window + 1).tolist():
+                        pool.submit(self._prefetch, block * order.block_rows)
+            yield share
+
+    def _prefetch(self, first: int) -> None:
+        last = min(first + self.order.block_rows, len(self.rows))
+        self.shards.prefetch(self.fields, self.rows[np.arange(first, last, dtype=np.int64)])
+
+
+def _part(values: Array | Ragged, start: int, stop: int) -> Array | Ragged:
+    """Some of the rows, a view."""
+    if isinstance(values, Ragged):
+        offsets = values.offsets[start : stop + 1]
+        return Ragged(values.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+    return values[start:stop]
+
+
+def _shifted(values: Array | Ragged, base: Ids) -> Array | Ragged:
+    """Values of each row plus its base, int64: numbers of a batch may not fit a row's dtype."""
+    if isinstance(values, Ragged):
+        shifted = _shifted(values.values, np.repeat(base, values.lengths))
+        assert not isinstance(shifted, Ragged), "of an array"
+        return Ragged(shifted, values.offsets)
+    wide = values.astype(np.int64, copy=False)  # if int64 already, in place: the buffer is ours
+    wide += base.reshape(-1, *(1 for _ in values.shape[1:]))
+    return wide
+
+
+class _Buffers:
+    """Memory for batches. A buffer is lent again when nobody holds what was lent before.
+
+    Fresh memory for each batch would cost a page fault every 4 kB, more than the gather itself.
+    Owners are arrays of bytes as they were made, for those alone are what all views hold: numpy lets
+    a view hold the array that owns the memory, or shows somebody else's, not those in between.
+    idle: free buffers of a field that are kept.
+    """
+
+    def __init__(self, *, pin: bool, idle: int) -> None:
+        self._pin, self._idle, self._lock = pin, idle, threading.Lock()
+        self._owners: dict[str, list[Array]] = {}
+
+    def borrow(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """(shape) of dtype, not initialised."""
+        size = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            owners = self._owners.setdefault(name, [])
+            place = self._free(owners, size)
+            if place is None:
+                # ragged batches differ in size: room for the next ones too
+                owners.append(self._new(size + size // 4))
+                place = len(owners) - 1
+            return owners[place][:size].view(dtype).reshape(shape)
+
+    def _free(self, owners: list[Array], size: int) -> int | None:
+        """Place of a large enough buffer that only `owners` holds; free ones too small or many go."""
+        found, idle = None, 0
+        for place in range(len(owners) - 1, -1, -1):
+            # references: the list's and getrefcount's own argument; views hold their owner
+            if sys.getrefcount(owners[place]) > _HELD_BY_LIST:
+                continue
+            if len(owners[place]) >= size and idle < self._idle:
+                found, idle = place, idle + 1
+            else:
+                del owners[place]
+                found = found - 1 if found is not None else None
+        return found
+
+    def _new(self, size: int) -> Array:
+        if not self._pin:
+            return np.empty(size, dtype=np.uint8)
+        import torch
+
+        pinned: Array = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+        return pinned
+
+
+def _references_of_a_list_item() -> int:
+    items = [np.empty(0)]
+    return sys.getrefcount(items[0])
+
+
+_HELD_BY_LIST = _references_of_a_list_item()

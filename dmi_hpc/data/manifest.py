@@ -6,8 +6,9 @@ The format is specified in docs/data-format.md.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -24,53 +25,77 @@ from pydantic import (
 from pydantic import Field as Option
 
 from dmi_hpc import files
+from dmi_hpc.data.statistics import Statistics
 from dmi_hpc.errors import DataError, FormatVersionError
 
 FORMAT: Final = "dmi-shards"
-VERSION: Final = 1
+VERSION: Final = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")  # the index is what the field "split" stores
+PAGE: Final = 4096  # uncompressed arrays start at multiples of it: page-aligned maps, O_DIRECT
+BLOCK_ENTRY: Final = 24  # bytes of a block table's row: offset, stored bytes, xxh3, uint64 each
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SplitName = Literal["train", "validation", "test"]
+_NAME = r"^[A-Za-z][A-Za-z0-9_]*$"
+_HASH = r"^[0-9a-f]{16}$"
+_DTYPE = re.compile(r"[<>=|]?(?!a\d)[A-Za-z]+\d{0,7}", re.ASCII)
+_MOST: Final = 2**62  # of any number of rows, entries or bytes: int64 can add them
 
 
 class _Plain(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Field(_Plain):
-    """One quantity of each row: dataset `/name` of shape (rows, *shape) in every shard."""
+    """One quantity: dataset `/name` of every shard.
 
-    name: str = Option(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")
+    Dense (no axis): one entry a row. Ragged: each row has as many entries as its axis says, the
+    same number for all fields of that axis.
+    """
+
+    name: str = Option(pattern=_NAME, max_length=64)
     dtype: str = Option(description="of numpy: int8 ... uint64, float16 ... float64, or S<n>")
-    shape: tuple[int, ...] = Option((), description="of one row")
+    shape: tuple[int, ...] = Option((), max_length=16, description="of one entry")
     unit: str = Option(description='"1" if dimensionless, "" if it is no quantity')
     description: str
+    axis: str | None = Option(None, pattern=_NAME, max_length=64, description="of a ragged field")
+    refers: str | None = Option(
+        None, description="values number the entries of that axis within their row"
+    )
 
     @field_validator("dtype")
     @classmethod
     def _known(cls, name: str) -> str:
         try:
-            found = np.dtype(name)
-        except TypeError:
+            # numpy parses whole programs; "a5" warns
+            found = np.dtype(name if _DTYPE.fullmatch(name) else object)
+        except (TypeError, ValueError):
             found = np.dtype(object)
         if (
             found.kind not in "iufS"
-            or found.itemsize == 0
+            or not 0 < found.itemsize <= 2**20
             or (found.kind == "f" and found.itemsize > 8)
         ):
             raise ValueError(
-                f"expected an int, uint or float type of numpy or S<bytes>, found {name!r}"
+                f"expected an int, uint or float type of numpy or S<bytes>, found {name[:40]!r}"
             )
-        return name if found.kind == "S" else found.name
+        return f"S{found.itemsize}" if found.kind == "S" else found.name
 
     @field_validator("shape")
     @classmethod
     def _positive(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
         if any(n < 1 for n in shape):
             raise ValueError(f"expected positive sizes, found {shape}")
+        if math.prod(shape) > 2**40:
+            raise ValueError(f"expected at most 2**40 elements an entry, found {shape}")
         return shape
+
+    @model_validator(mode="after")
+    def _integers_refer(self) -> Field:
+        if self.refers is not None and np.dtype(self.dtype).kind not in "iu":
+            raise ValueError(f"{self.name}: refers needs an integer dtype, found {self.dtype}")
+        return self
 
     @property
     def numpy(self) -> np.dtype[np.generic]:
@@ -78,8 +103,8 @@ class Field(_Plain):
         return np.dtype(self.dtype).newbyteorder("<")
 
     @property
-    def row_bytes(self) -> int:
-        return self.numpy.itemsize * int(np.prod(self.shape, dtype=np.int64))
+    def entry_bytes(self) -> int:
+        return self.numpy.itemsize * math.prod(self.shape)
 
     @property
     def numeric(self) -> bool:
@@ -89,6 +114,13 @@ class Field(_Plain):
 SPLIT = Field(
     name="split", dtype="uint8", unit="", description="0 = train, 1 = validation, 2 = test"
 )
+
+
+def axis_array(axis: str) -> Field:
+    """The stored array of an axis: where each row's entries begin, (rows + 1,)."""
+    return Field.model_construct(
+        name=f"_axes.{axis}", dtype="int64", shape=(), unit="", description="", axis=None
+    )
 
 
 class SplitRule(_Plain):
@@ -118,71 +150,37 @@ def split_of(seed: int, key: str, validation: float, test: float) -> int:
     return 2 if u < test else 1 if u < test + validation else 0
 
 
-class ShardRecord(_Plain):
-    """One committed shard file."""
+class Compression(_Plain):
+    """How blocks are stored; arrays of axes and blocks never are."""
 
-    file: str = Option(pattern=r"^[A-Za-z0-9_.-]+$")
-    rows: int = Option(ge=1)
-    bytes: int = Option(ge=1)
-    xxh3: str = Option(pattern=r"^[0-9a-f]{16}$", description="xxh3_64 of the whole file")
-    offsets: Mapping[str, int] = Option(description="field -> byte offset of its first element")
+    codec: Literal["zstd", "blosc2"]
+    level: int = Option(3, ge=1, le=22)
 
-
-class Statistics(_Plain):
-    """Of all elements of a numeric field over the training rows; population deviation."""
-
-    mean: float
-    std: float
-    min: float
-    max: float
-    count: int = Option(ge=1, description="elements, not rows")
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Mergeable count, mean, squared deviations and range of float64 values."""
-
-    count: int
-    mean: float
-    squares: float  # sum of squared deviations from the mean
-    min: float
-    max: float
-
-    @classmethod
-    def of(cls, values: Array) -> Moments:
-        """Of a non-empty array."""
-        mean = float(values.mean(dtype=np.float64))
-        squares = float(np.square(values - np.float64(mean)).sum(dtype=np.float64))
-        return cls(values.size, mean, squares, float(values.min()), float(values.max()))
-
-    def merge(self, other: Moments) -> Moments:
-        """Pairwise update of Chan, Golub & LeVeque (1979)."""
-        count, delta = self.count + other.count, other.mean - self.mean
-        return Moments(
-            count,
-            self.mean + delta * other.count / count,
-            self.squares + other.squares + delta * delta * self.count * other.count / count,
-            min(self.min, other.min),
-            max(self.max, other.max),
-        )
-
-    def statistics(self) -> Statistics:
-        std = (self.squares / self.count) ** 0.5
-        return Statistics(mean=self.mean, std=std, min=self.min, max=self.max, count=self.count)
+    @model_validator(mode="after")
+    def _level_of_codec(self) -> Compression:
+        if self.codec == "blosc2" and self.level > 9:
+            raise ValueError(f"blosc2 has levels 1 to 9, found {self.level}")
+        return self
 
 
 class BuildPlan(_Plain):
     """Everything that decides the content of a shard set, and nothing else.
 
-    The field "split" is added to `fields`. Row i lies in shard i // rows_per_shard.
+    The field "split" is added to `fields`. rows is None if as many as come are appended; else shard
+    k holds rows k * rows_per_shard onwards of the order asked for, and only the last has fewer.
     """
 
     task: str = Option(min_length=1)
-    rows: int = Option(ge=1)
-    rows_per_shard: int = Option(ge=1)
+    rows: int | None = Option(None, ge=1, le=_MOST)
+    rows_per_shard: int = Option(ge=1, le=_MOST)
     fields: tuple[Field, ...] = Option(min_length=1)
     split_rule: SplitRule
-    seed: int = Option(ge=0)
+    seed: int = Option(ge=0, lt=2**64)
+    shuffled: bool = Option(False, description="rows were asked for in a random order of `seed`")
+    block_bytes: int = Option(
+        2**20, ge=PAGE, le=2**30, description="unit of checksum and cold read"
+    )
+    compression: Compression | None = None
     provenance: Mapping[str, JsonValue] = Option({}, description="origin and options; no dates")
 
     @field_validator("fields")
@@ -191,6 +189,12 @@ class BuildPlan(_Plain):
         names = [field.name for field in fields]
         if len(set(names)) < len(names):
             raise ValueError(f"expected distinct field names, found {', '.join(names)}")
+        axes = {field.axis for field in fields if field.axis is not None}
+        for field in fields:
+            if field.refers is not None and field.refers not in axes:
+                raise ValueError(
+                    f"{field.name} refers to axis {field.refers!r}; axes: {', '.join(sorted(axes))}"
+                )
         if SPLIT.name not in names:
             return (*fields, SPLIT)
         if SPLIT not in fields:
@@ -198,55 +202,102 @@ class BuildPlan(_Plain):
         return fields
 
     @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the ragged axes, in order of first use."""
+        return tuple(dict.fromkeys(field.axis for field in self.fields if field.axis is not None))
+
+    @property
+    def arrays(self) -> tuple[Field, ...]:
+        """All that each shard stores: the fields, then the arrays of the axes."""
+        return (*self.fields, *(axis_array(axis) for axis in self.axes))
+
+    def block_entries(self, array: Field) -> int:
+        """Entries of one block along the first axis; the last block may have fewer."""
+        return max(1, self.block_bytes // array.entry_bytes)
+
+    def blocks(self, array: Field, length: int) -> int:
+        return -(-length // self.block_entries(array))
+
+    def compressed(self, array: Field) -> bool:
+        return self.compression is not None and not array.name.startswith("_")
+
+    @property
     def shard_count(self) -> int:
+        assert self.rows is not None, "rows of a plan to build are known"
         return -(-self.rows // self.rows_per_shard)
 
     def shard_rows(self, shard: int) -> range:
-        """Global row numbers of a shard; only the last shard may be smaller."""
+        """Rows of a shard in the order asked for; only the last shard may be smaller."""
+        assert self.rows is not None, "rows of a plan to build are known"
         start = shard * self.rows_per_shard
         return range(start, min(start + self.rows_per_shard, self.rows))
 
-    def plan_json(self) -> dict[str, JsonValue]:
-        return self.model_dump(mode="json", include=set(BuildPlan.model_fields))
-
     def fingerprint(self) -> str:
-        """Equal plans, equal fingerprints; also of a manifest, for the plan it carried out."""
-        text = json.dumps(self.plan_json(), sort_keys=True, separators=(",", ":"))
+        """Equal plans, equal fingerprints."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return xxhash.xxh3_64_hexdigest(text.encode())
 
 
-class Manifest(BuildPlan):
+class StoredArray(_Plain):
+    """Where an array lies in a shard file."""
+
+    offset: int = Option(ge=0, le=_MOST, description="of its first byte; 0 if compressed or empty")
+    length: int = Option(ge=0, le=_MOST, description="entries along the first axis")
+    blocks: int = Option(ge=0, le=_MOST, description="offset of its block table; 0 if it has no entries")
+    xxh3: str = Option(pattern=_HASH, description="of the bytes of the block table")
+
+
+class ShardRecord(_Plain):
+    """One committed shard file."""
+
+    file: str = Option(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)
+    rows: int = Option(ge=1, le=_MOST)
+    bytes: int = Option(ge=1, le=_MOST)
+    xxh3: str = Option(pattern=_HASH, description="xxh3_64 of the whole file")
+    split_rows: tuple[int, int, int] = Option(description="train, validation, test, in this order")
+    arrays: Mapping[str, StoredArray]
+
+
+class Manifest(_Plain):
     """A plan that was carried out: the content of manifest.json."""
 
     format: Literal["dmi-shards"] = FORMAT
-    version: Literal[1] = VERSION
-    shards: tuple[ShardRecord, ...]
+    version: Literal[2] = VERSION
+    plan: BuildPlan
+    rows: int = Option(ge=1, le=_MOST)
     split_rows: Mapping[SplitName, int]
     statistics: Mapping[str, Statistics] = Option(description="by field; empty without train rows")
+    made_with: Mapping[str, JsonValue] = Option({}, description="command, versions; not identity")
+    shards: tuple[ShardRecord, ...] = Option(min_length=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        expected = [len(self.shard_rows(k)) for k in range(self.shard_count)]
-        found = [shard.rows for shard in self.shards]
-        if found != expected:
-            raise ValueError(
-                f"{self.rows} rows at {self.rows_per_shard} per shard need {len(expected)} shards, "
-                f"the last of {expected[-1]}; found rows {found[:8]} in {len(found)} shards"
-            )
-        if sum(self.split_rows.values()) != self.rows:
-            raise ValueError(f"split_rows {dict(self.split_rows)} do not sum to {self.rows} rows")
-        names = {field.name for field in self.fields}
+        if self.plan.rows not in (None, self.rows):
+            raise ValueError(f"the plan is of {self.plan.rows} rows, found {self.rows}")
+        if sum(shard.rows for shard in self.shards) != self.rows:
+            raise ValueError(f"rows of the shards do not sum to {self.rows}")
+        totals = [sum(column) for column in zip(*(s.split_rows for s in self.shards), strict=True)]
+        if dict(self.split_rows) != dict(zip(SPLITS, totals, strict=True)):
+            raise ValueError(f"split_rows {dict(self.split_rows)}: the shards say {totals}")
+        if len({shard.file for shard in self.shards}) < len(self.shards):
+            raise ValueError("expected distinct files of the shards")
         for shard in self.shards:
-            if set(shard.offsets) != names:
-                raise ValueError(
-                    f"{shard.file}: offsets of {sorted(shard.offsets)}, expected {names}"
-                )
+            _check_shard(self.plan, shard)
         return self
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return self.plan.fields
+
+    @property
+    def bytes(self) -> int:
+        """Of all shard files."""
+        return sum(shard.bytes for shard in self.shards)
 
     @property
     def identity(self) -> str:
         """Of the plan and every byte made from it: equal only for the same rows in the same splits."""
-        text = self.fingerprint() + "".join(shard.xxh3 for shard in self.shards)
+        text = self.plan.fingerprint() + "".join(shard.xxh3 for shard in self.shards)
         return xxhash.xxh3_128_hexdigest(text.encode())
 
     def field(self, name: str) -> Field:
@@ -255,6 +306,33 @@ class Manifest(BuildPlan):
             if field.name == name:
                 return field
         raise DataError(f"no field {name!r}; found {', '.join(f.name for f in self.fields)}")
+
+
+def _check_shard(plan: BuildPlan, shard: ShardRecord) -> None:
+    """Refuse what cannot be true of a file of this size, before anything is read or allocated."""
+    arrays = {array.name: array for array in plan.arrays}
+    if set(shard.arrays) != set(arrays):
+        raise ValueError(f"{shard.file}: arrays {sorted(shard.arrays)}, expected {sorted(arrays)}")
+    if sum(shard.split_rows) != shard.rows or min(shard.split_rows) < 0:
+        raise ValueError(f"{shard.file}: split_rows {shard.split_rows} of {shard.rows} rows")
+    lengths: dict[str, int] = {}
+    for name, stored in shard.arrays.items():
+        array = arrays[name]
+        if array.axis is None:
+            expected = shard.rows + name.startswith("_axes.")
+        else:
+            expected = lengths.setdefault(array.axis, stored.length)
+        if stored.length != expected:
+            raise ValueError(f"{shard.file}: {name}: length {stored.length}, expected {expected}")
+        ends = [stored.blocks + plan.blocks(array, stored.length) * BLOCK_ENTRY]
+        if not plan.compressed(array):
+            ends.append(stored.offset + stored.length * array.entry_bytes)
+            if stored.offset % PAGE:
+                raise ValueError(f"{shard.file}: {name}: offset {stored.offset} is not aligned")
+        if max(ends) > shard.bytes:
+            raise ValueError(
+                f"{shard.file}: {name}: ends at byte {max(ends)} of a file of {shard.bytes}"
+            )
 
 
 def require_identity(recorded: str, found: str, *, maker: str) -> None:
@@ -272,27 +350,32 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises DataError if it is missing or not valid, FormatVersionError if it is newer."""
+    """Raises DataError if it is missing or not valid, FormatVersionError if of another version."""
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{path}: no such file, so no complete data set is there. Make one with `dmi data "
-            "build` or `dmi data import`; an interrupted build continues with the same command."
+            "build` or `dmi data import`; an interrupted build continues with --resume."
         ) from None
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}). Build the set again.") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise DataError(f'{path}: expected "format": "{FORMAT}"; this is no shard set')
     version = raw.get("version")
-    if isinstance(version, int) and version > VERSION:
+    if isinstance(version, int) and version != VERSION:
+        todo = "Update dmi-hpc, or build" if version > VERSION else "Build"
         raise FormatVersionError(
-            f"{path}: written in version {version} of {FORMAT}; this program reads up to version "
-            f"{VERSION}. Update dmi-hpc, or build the set again with this version."
+            f"{path}: written in version {version} of {FORMAT}; this program reads version "
+            f"{VERSION}. {todo} the set again with this version, in a new folder."
         )
     try:
         return Manifest.model_validate(raw)
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}: text that is not Unicode ({error}). Build the set again.") from None
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()[:5]

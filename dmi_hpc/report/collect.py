@@ -40,17 +40,24 @@ class DataField:
 
 
 @dataclass(frozen=True)
+class DataPlan:
+    """What the shard set was to be."""
+
+    task: str
+    fields: tuple[DataField, ...]
+    split_rule: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Dataset:
     """The shard set's manifest. `statistics` is by field name, over the training split."""
 
-    task: str
     rows: int
-    fields: tuple[DataField, ...]
+    plan: DataPlan
     split_rows: dict[str, int] = field(default_factory=dict)
     shards: tuple[dict[str, Any], ...] = ()
     statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    split_rule: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

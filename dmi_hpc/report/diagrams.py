@@ -191,7 +191,7 @@ def genealogy(search: Search, winner: int) -> str:
             parts.append(_text(x + _NODE_WIDTH / 2, below, f"+ {hidden} more", "muted", 11))
     for key in place:
         for parent in known_parents(search, search.trials[key]):
-            if parent.id in place:
+            if parent.id in place and place[parent.id][0] < place[key][0]:
                 parts.append(_link(place[parent.id], place[key]))
     for key, (x, y) in place.items():
         parts.append(_node(search, key, x, y, is_winner=key == winner))

@@ -151,8 +151,8 @@ def _told(trial: Trial, tell: _Tell, clock: float) -> Trial:
 def ancestors(search: Search, trial_id: int, depth: int) -> dict[int, list[Trial]]:
     """Generations back from a trial: 0 is the trial itself; within one, by fitness.
 
-    An ancestor stands one generation before the earliest of its descendants shown, so that every
-    line runs forward. Generations beyond `depth` are left out.
+    An ancestor stands one generation before the earliest of its descendants shown, so that lines
+    run forward. Generations beyond `depth` are left out, so the last may hold parents of its own.
     """
     level = {trial_id: 0} if trial_id in search.trials else {}
     # Parents are asked before their children: falling ids visit every child before its parents.

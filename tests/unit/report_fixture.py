@@ -88,24 +88,32 @@ def write_data(run: Path) -> None:
         run / "data" / "manifest.json",
         {
             "format": "dmi-shards",
-            "version": 1,
-            "task": "homogenization",
+            "version": 2,
             "rows": 800,
             "split_rows": {"train": 560, "validation": 120, "test": 120},
-            "fields": [
-                {"name": name, "dtype": dtype, "shape": shape, "unit": unit, "description": text}
-                for name, dtype, shape, unit, text in FIELDS
-            ],
+            "plan": {
+                "task": "homogenization",
+                "fields": [
+                    {
+                        "name": name,
+                        "dtype": dtype,
+                        "shape": shape,
+                        "unit": unit,
+                        "description": text,
+                    }
+                    for name, dtype, shape, unit, text in FIELDS
+                ],
+                "split_rule": {"seed": 7, "validation": 0.15, "test": 0.15, "key": "row number"},
+                "provenance": {
+                    "solver": "trilinear hexahedra, B-bar, FFT-preconditioned CG",
+                    "contrast": 50,
+                    "E_stiff_GPa": 120.0,
+                    "E_soft_GPa": 2.4,
+                    "poisson": 0.3,
+                },
+            },
             "shards": [{"file": f"shard-{i:05d}.h5", "rows": 128} for i in range(7)],
             "statistics": {"C1111": stiffness, "residual": {"mean": 3.1e-7, "max": 9.9e-7}},
-            "split_rule": {"seed": 7, "validation": 0.15, "test": 0.15, "key": "row number"},
-            "provenance": {
-                "solver": "trilinear hexahedra, B-bar, FFT-preconditioned CG",
-                "contrast": 50,
-                "E_stiff_GPa": 120.0,
-                "E_soft_GPa": 2.4,
-                "poisson": 0.3,
-            },
         },
     )
 

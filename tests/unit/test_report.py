@@ -206,8 +206,8 @@ def test_everything_from_users_is_escaped(tmp_path: Path):
         if name.startswith("gallery"):
             value = [{**entry, "caption": evil} for entry in value]
         elif name.startswith("data"):
-            value["fields"][0] |= {"name": evil, "description": evil, "unit": evil}
-            value["provenance"] = {evil: {evil: [evil]}}
+            value["plan"]["fields"][0] |= {"name": evil, "description": evil, "unit": evil}
+            value["plan"]["provenance"] = {evil: {evil: [evil]}}
         elif name.startswith("run"):
             value |= {"commands": [evil], "versions": {evil: evil}, "hardware": {evil: evil}}
         else:

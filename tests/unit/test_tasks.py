@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from dmi_hpc.data.loader import random_bits
 from dmi_hpc.errors import DataError
 from dmi_hpc.models.cost import cost
 from dmi_hpc.models.spec import Conv, Dense, Pool, shapes
 from dmi_hpc.physics.elasticity import solve
-from dmi_hpc.problem import random_bits
 from dmi_hpc.tasks import make_task
 from dmi_hpc.tasks.homogenization import UNIAXIAL
 

@@ -1,0 +1,340 @@
+"""The sub-commands of ``dmi data`` that work on a set that is there."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import typer
+
+from dmi_hpc.errors import EXIT_INTERRUPTED, CorruptShardError, DataError
+from dmi_hpc.watch import console, progress_bar, say
+
+if TYPE_CHECKING:
+    from dmi_hpc.data.manifest import Compression, SplitName
+
+SetFolder = Annotated[Path, typer.Argument(metavar="SET", help="folder of a shard set")]
+
+_SHOWN = 40  # lines of damage
+
+
+@contextmanager
+def _progress(what: str, total: float, unit: str = "MB") -> Iterator[Callable[[int], None]]:
+    """A bar, advanced in bytes (unit "MB") or rows."""
+    scale = 1e-6 if unit == "MB" else 1.0
+    with progress_bar(console()) as bar:
+        line = bar.add_task(what, total=total * scale, note=unit)
+        yield lambda count: bar.update(line, advance=count * scale)
+
+
+def info(
+    path: SetFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Show what a set holds: fields, units, sizes, splits, histograms, origin."""
+    from dmi_hpc.cli.data_show import info_json, info_lines
+    from dmi_hpc.data.manifest import read_manifest
+    from dmi_hpc.data.reader import check_size
+    from dmi_hpc.data.storage import stored_bytes
+
+    manifest = read_manifest(path)
+    for shard in manifest.shards:
+        check_size(path / shard.file, shard)
+    stored = stored_bytes(path, manifest)
+    if as_json:
+        say(info_json(path, manifest, stored))
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
+    plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+    say("\n".join(info_lines(path, manifest, stored, width=min(width, 120), plain=plain)))
+
+
+def head(
+    path: SetFolder,
+    rows: Annotated[int, typer.Option("-n", min=1, help="how many rows")] = 5,
+    split: Annotated[str, typer.Option(help="all | train | validation | test")] = "all",
+    fields: Annotated[str, typer.Option(help="names, joined by commas; default: all")] = "",
+) -> None:
+    """Show the first rows of a set: short values in full, long arrays by their range."""
+    import numpy as np
+
+    from dmi_hpc.cli.data_show import head_lines
+    from dmi_hpc.data.manifest import SPLIT
+    from dmi_hpc.data.reader import ShardSet
+
+    with ShardSet.open(path, verify="read", backend="pread") as shards:
+        chosen = shards.rows(cast("SplitName | Literal['all']", split))
+        numbers = chosen[np.arange(min(rows, len(chosen)))]
+        names = _names(fields) or [field.name for field in shards.manifest.fields]
+        found = shards.fields([*(n for n in names if n != SPLIT.name), SPLIT.name], numbers)
+        lines = head_lines(shards.manifest, numbers, found)
+    say("\n".join(lines) if lines else f"{path}: the split {split} has no rows")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def verify(
+    path: SetFolder,
+    repair_from: Annotated[
+        Path | None, typer.Option(metavar="COPY", help="mend what is damaged from this copy")
+    ] = None,
+) -> None:
+    """Read every byte of a set and list all damage; with a copy, mend it.
+
+    Exit code 2: damage is left.
+    """
+    from dmi_hpc.data.check import find_damage, repair
+    from dmi_hpc.data.manifest import read_manifest
+
+    manifest = read_manifest(path)
+    with _progress("verifying", manifest.bytes) as progress:
+        damage = find_damage(path, progress)
+    show = console()
+    for place in damage[:_SHOWN]:
+        show.print(str(place), markup=False)
+    if len(damage) > _SHOWN:
+        show.print(f"... and {len(damage) - _SHOWN} more places")
+    whole = (
+        f"{path}: {manifest.rows:,} rows, {len(manifest.shards)} shards, {manifest.bytes:,} bytes"
+    )
+    if not damage:
+        say(f"{whole}: all whole")
+        return
+    bad = {place.file for place in damage}
+    if repair_from is None:
+        raise CorruptShardError(
+            f"{path}: {len(bad)} of {len(manifest.shards)} shards are damaged, in {len(damage)} "
+            f"places. Mend them from a copy: dmi data verify {path} --repair-from COPY; or delete "
+            "them and repeat the command that made the set"
+        )
+    total = sum(shard.bytes for shard in manifest.shards if path / shard.file in bad)
+    with _progress("mending", total) as progress:
+        mended = repair(path, repair_from, damage, progress)
+    for shard in mended:
+        how = "was missing" if shard.whole else f"{shard.blocks} blocks or tables"
+        say(f"mended {shard.file}: {how}, {shard.bytes:,} bytes from {repair_from}")
+    left = find_damage(path)
+    if left:
+        raise CorruptShardError(
+            f"{left[0]}. Damaged again since it was mended: is the disk failing?"
+        )
+    say(f"{whole}: all whole now")
+
+
+def split(
+    path: SetFolder,
+    out: Annotated[Path, typer.Option(help="folder of the new set")],
+    validation: Annotated[
+        float | None, typer.Option(min=0, max=1, help="new splits: this share [0.1]")
+    ] = None,
+    test: Annotated[
+        float | None, typer.Option(min=0, max=1, help="new splits: this share [0.1]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="new splits: their seed [0]")] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(help="new splits: rows with equal values of this field stay together"),
+    ] = None,
+    shuffle: Annotated[
+        int | None, typer.Option(metavar="SEED", min=0, help="rows in a random order")
+    ] = None,
+    compress: Annotated[
+        str | None, typer.Option(help="none | zstd | blosc2, with a level: zstd:9")
+    ] = None,
+    rows_per_shard: Annotated[int | None, typer.Option(min=1, help="size of the shards")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="default: the cores")] = None,
+) -> None:
+    """Make a new set from an old one: other splits, order, compression, shards.
+
+    What is not given stays as it is. Interrupted, the same command continues.
+    """
+    from dmi_hpc.config import cores_per_rank
+    from dmi_hpc.data.reader import ShardSet
+    from dmi_hpc.data.rewrite import Changes, rewrite
+
+    anew = any(option is not None for option in (validation, test, seed, group))
+    changes = Changes(
+        validation=(0.1 if validation is None else validation) if anew else None,
+        test=(0.1 if test is None else test) if anew else None,
+        split_seed=seed or 0,
+        group=group,
+        shuffle_seed=shuffle,
+        compression=None if compress is None else compression_of(compress),
+        rows_per_shard=rows_per_shard,
+    )
+    with (
+        ShardSet.open(path, verify="none") as source,
+        _progress("rows", len(source), "rows") as progress,
+    ):
+        workers = processes or cores_per_rank(1)
+        manifest = rewrite(source, out, changes, processes=workers, progress=progress)
+    rows = ", ".join(f"{count} {name}" for name, count in manifest.split_rows.items())
+    say(f"data set {out}: {manifest.rows} rows ({rows}) in {len(manifest.shards)} shards")
+
+
+def compression_of(text: str) -> Compression | Literal["none"]:
+    """From "none", "zstd" or "blosc2:5". Raises DataError."""
+    from pydantic import ValidationError
+
+    from dmi_hpc.data.manifest import Compression
+
+    if text == "none":
+        return "none"
+    codec, _, level = text.partition(":")
+    try:
+        return Compression.model_validate({"codec": codec, **({"level": level} if level else {})})
+    except ValidationError as error:
+        raise DataError(
+            f"--compress: found {text!r}, expected none, zstd, blosc2, or with a level zstd:1 to "
+            "zstd:22, blosc2:1 to blosc2:9"
+        ) from error
+
+
+def stage(
+    to: Annotated[Path, typer.Option(help="node-local folder: /dev/shm, a local NVMe")],
+    path: Annotated[
+        Path | None, typer.Argument(metavar="SET", help="shard set; with --remove: default all")
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option(metavar="K/N", help="share of node K of N, counted from 0")
+    ] = None,
+    lock_timeout: Annotated[
+        float, typer.Option(metavar="S", min=0, help="seconds to wait for another process")
+    ] = 1800,
+    remove: Annotated[bool, typer.Option("--remove", help="remove the copy again")] = False,
+    force: Annotated[bool, typer.Option("--force", help="remove it even if it is in use")] = False,
+) -> None:
+    """Copy a set to fast storage of this node, for a job.
+
+    Checked while copied, and once a node however many processes ask at once. Trainings and searches
+    find the copy by DMI_STAGE=FOLDER. It stays until --remove.
+    """
+    if remove:
+        _unstage(to, path, force=force)
+        return
+    if path is None or force:
+        raise DataError(
+            "stage needs SET, and --force goes with --remove: see dmi data stage --help"
+        )
+    from dmi_hpc import knobs
+    from dmi_hpc.data import stage as staging
+    from dmi_hpc.data.manifest import read_manifest
+    from dmi_hpc.data.storage import size_text
+
+    share = None if part is None else part_of(part)
+    total = sum(shard.bytes for shard in staging.part_shards(read_manifest(path), share))
+    copied: list[int] = []
+    with _stops_tidily(), _progress("staging", total) as progress:
+
+        def advance(count: int) -> None:
+            copied.append(count)
+            progress(count)
+
+        how = staging.Staging(to, share, lock_timeout, console().print, advance)
+        copy = staging.stage(path, how)
+    say(f"{path}: {size_text(total)} in {copy}{'' if copied else ', there already'}")
+    if to.resolve() not in [folder.resolve() for folder in knobs.stage_folders()]:
+        console().print(f"to use it: export {knobs.STAGE}={to}")
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """From "K/N". Raises DataError."""
+    first, _, second = text.partition("/")
+    if not (first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+        raise DataError(
+            f"--part: found {text!r}, expected K/N with K from 0 to N - 1, for example "
+            "$SLURM_NODEID/$SLURM_NNODES"
+        )
+    return int(first), int(second)
+
+
+def _unstage(to: Path, path: Path | None, *, force: bool) -> None:
+    from dmi_hpc.data.stage import remove
+
+    count, used = remove(to, path, force=force)
+    say(f"{to}: {count} {'copy' if count == 1 else 'copies'} removed")
+    if used:
+        raise DataError(
+            f"{len(used)} in use by running processes: {', '.join(map(str, used))}. Repeat the command "
+            "when they have ended, or with --force"
+        )
+
+
+@contextmanager
+def _stops_tidily() -> Iterator[None]:
+    """A batch system's signal ends the block as Ctrl-C does: what is half done is removed."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_INTERRUPTED)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def master(path: SetFolder) -> None:
+    """Write SET/master.h5: all shards as one HDF5 file, for other tools.
+
+    For h5py, MATLAB, HDFView. It holds no data, only where they are: keep it in the folder.
+    """
+    from dmi_hpc.data.hdf5 import write_master
+    from dmi_hpc.data.reader import ShardSet
+    from dmi_hpc.files import writing
+
+    with ShardSet.open(path, verify="none") as shards, writing(path):
+        offsets = {axis: shards.offsets(axis) for axis in shards.manifest.plan.axes}
+        say(f"{write_master(path, shards.manifest, offsets)}: {len(shards):,} rows as one file")
+
+
+def bench(
+    path: SetFolder,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows of a batch")] = 256,
+    threads: Annotated[int, typer.Option(min=0, help="of the loader")] = 2,
+    fields: Annotated[
+        str, typer.Option(help="names, joined by commas; default: all of numbers")
+    ] = "",
+    split: Annotated[str, typer.Option(help="all | train | validation | test")] = "train",
+    seconds: Annotated[float, typer.Option(min=0.01, help="of each measurement, about")] = 0.5,
+) -> None:
+    """Measure how fast this machine reads a set, next to its own memory.
+
+    Empties the page cache of the set's files to measure it cold, where the system allows it.
+    """
+    from dmi_hpc.cli.data_show import columns
+    from dmi_hpc.data.bench import BenchOptions
+    from dmi_hpc.data.bench import bench as measure
+    from dmi_hpc.data.storage import size_text
+
+    names = _names(fields)
+    chosen = cast("SplitName | Literal['all']", split)
+    options = BenchOptions(tuple(names), chosen, batch_size, threads, seconds)
+    show = console()
+    with show.status("measuring") as status:
+        result = measure(path, options, lambda what: status.update(what))
+    size = f"{batch_size} rows, {size_text(batch_size * result.row_bytes)}"
+    say(f"{path}: {', '.join(result.fields)}")
+    say(f"{result.rows:,} rows of {split}; batches of {size}; {threads} loader threads\n")
+    table = [("", "samples/s", "MB/s", "of memory")]
+    for figure in result.figures:
+        share = "" if figure.share is None else f"{figure.share:.0%}"
+        rates = f"{figure.samples_per_s:,.0f}", f"{figure.bytes_per_s / 1e6:,.1f}"
+        table.append((figure.what, *rates, share))
+    say("\n".join(columns(table, right={1, 2, 3})))
+    about = (
+        "memory: arrays of the same rows, one thread",
+        "first epoch: opened anew, every block checked, loaded if ram; the others are warm",
+    )
+    for note in (*about, *result.notes):
+        say("\n".join(textwrap.wrap(f"- {note}", 80, subsequent_indent="  ")))

@@ -1,0 +1,248 @@
+"""The import, top to bottom: files -> source -> chunks -> parsed batches -> shards.
+
+Memory: a shard, and a few chunks for each process. What a set holds does not depend on how many
+processes parse.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from dmi_hpc.data.composition import Compositions
+from dmi_hpc.data.importing.arrays import ArraySource
+from dmi_hpc.data.importing.files import Inputs, inputs_of, provenance_of
+from dmi_hpc.data.importing.images import ImageFolder
+from dmi_hpc.data.importing.options import ImportOptions
+from dmi_hpc.data.importing.parallel import ordered_map
+from dmi_hpc.data.importing.records import LISTED, Advance, Batch, Chunk, ImportReport, Source
+from dmi_hpc.data.importing.structures import Structures
+from dmi_hpc.data.importing.tables import CsvTable, ParquetTable
+from dmi_hpc.data.manifest import MANIFEST, BuildPlan, Manifest, SplitName, SplitRule, read_manifest
+from dmi_hpc.data.ragged import Ragged
+from dmi_hpc.data.reader import ShardSet
+from dmi_hpc.data.rewrite import Changes, rewrite
+from dmi_hpc.data.writer import ShardWriter
+from dmi_hpc.errors import DataError
+from dmi_hpc.files import TEMP_PREFIX, write_json, writing
+
+REPORT = "import-report.json"
+SHARD_BYTES = 2**28  # facts: 256 MiB and more suit parallel file systems
+
+
+def import_files(
+    paths: Sequence[Path],
+    target: Path,
+    options: ImportOptions,
+    progress: Advance = lambda *_: None,
+) -> tuple[Manifest, ImportReport]:
+    """Files or folders -> shard set `target`, and what became of each record.
+
+    The report is written to `target`/import-report.json too. Raises DataError: input missing, of
+    unknown or mixed kinds, bad records where they are not to be skipped (file and line of the first
+    ten), no usable record, or another data set in `target`; the old set is then still there.
+    """
+    inputs = inputs_of(paths, options)
+    options = _for_format(inputs, options)
+    options.check_kind(inputs.kind)
+    source = source_of(inputs, options)
+    report = ImportReport()
+    findings = source.scan()
+    if findings is not None:
+        source.learn(_mapped(source, source.look, findings, options, progress, "first pass"))
+    report.notes += source.notes()
+    batches = source.collect(_checked(_parsed(source, options, progress), options, report))
+    first = next((batch for batch in batches if batch.count), None)
+    if first is None:
+        raise DataError(
+            f"{', '.join(map(str, paths))}: no usable record in {report.read}"
+            + "".join(f"\n  {bad}" for bad in report.bad[:10])
+        )
+    plan = _plan(source, inputs, options, first)
+    rows = itertools.chain([first], batches)
+    if options.shuffle is None:
+        _keep_others(target, plan, options)
+        manifest = _written(target, plan, rows)
+    else:
+        manifest = _shuffled(target, plan, rows, options, progress)
+    report.kept = manifest.rows
+    report.merged = report.read - report.kept - report.skipped
+    report.notes += _empty_splits(manifest)
+    report.duplicates += source.duplicates[:LISTED]
+    with writing(target):
+        write_json(target / REPORT, {"identity": manifest.identity, **report.as_json()})
+    return manifest, report
+
+
+def _empty_splits(manifest: Manifest) -> list[str]:
+    """A share was asked for, and no row has it: there are only a few keys."""
+    rule = manifest.plan.split_rule
+    shares: dict[SplitName, float] = {"validation": rule.validation, "test": rule.test}
+    return [
+        f"no row is for {name}: their keys ({rule.key}) are too few for a share of {share:g}. "
+        "Another --seed, or --group, may part them better"
+        for name, share in shares.items()
+        if share and not manifest.split_rows[name]
+    ]
+
+
+def source_of(inputs: Inputs, options: ImportOptions) -> Source:
+    """The source of a kind."""
+    if inputs.kind == "composition":
+        return Compositions(inputs.files, options)
+    if inputs.kind == "table":
+        parquet = inputs.formats[0] == "parquet"
+        return (ParquetTable if parquet else CsvTable)(inputs.files, options)
+    if inputs.kind == "image":
+        return ImageFolder(inputs, options)
+    if inputs.kind == "structure":
+        return Structures(inputs, options)
+    return ArraySource(inputs.files, inputs.formats[0], options)
+
+
+def _for_format(inputs: Inputs, options: ImportOptions) -> ImportOptions:
+    if inputs.formats[0] == "tsv" and options.delimiter == ",":
+        return options.model_copy(update={"delimiter": "\t"})
+    return options
+
+
+def _mapped(
+    source: Source,
+    function: Callable[[Chunk], object],
+    chunks: Iterator[Chunk],
+    options: ImportOptions,
+    progress: Advance,
+    phase: str,
+) -> Iterator[object]:
+    """function of each chunk, in order, in as many processes as are worth it."""
+    done = 0
+
+    def noted() -> Iterator[Chunk]:
+        nonlocal done
+        for chunk in chunks:
+            done = chunk.done
+            yield chunk
+
+    for result in ordered_map(function, noted(), options.processes if source.heavy else 1):
+        progress(phase, done, source.total, source.unit)
+        yield result
+
+
+def _parsed(source: Source, options: ImportOptions, progress: Advance) -> Iterator[Batch]:
+    for batch in _mapped(source, source.parse, source.chunks(), options, progress, "import"):
+        assert isinstance(batch, Batch), "what parse returns"
+        yield batch
+
+
+def _checked(
+    batches: Iterator[Batch], options: ImportOptions, report: ImportReport
+) -> Iterator[Batch]:
+    """Count; where bad records are an error, look on for more of them but give no more rows."""
+    for batch in batches:
+        report.add_bad(batch.bad)
+        report.read += batch.count + len(batch.bad)
+        if report.skipped and options.bad == "error":
+            if report.gave_up:
+                break
+            continue
+        yield batch
+    if report.skipped and options.bad == "error":
+        report.refuse_bad()
+
+
+def _plan(source: Source, inputs: Inputs, options: ImportOptions, first: Batch) -> BuildPlan:
+    given = source.key.startswith("given by")
+    others = source.beside()
+    beside = {"beside": provenance_of(others, inputs.root)} if others else {}
+    provenance: dict[str, JsonValue] = {
+        "source": "dmi data import",
+        "files": provenance_of(source.files, inputs.root),
+        "options": options.of_kind(inputs.kind),
+        **beside,
+        **source.provenance(),
+    }
+    return BuildPlan(
+        task=source.task,
+        rows=None,
+        rows_per_shard=options.rows_per_shard or _rows_of_a_shard(first),
+        fields=source.fields,
+        split_rule=SplitRule(
+            seed=options.seed,
+            validation=0.0 if given else options.validation,
+            test=0.0 if given else options.test,
+            key=source.key,
+        ),
+        seed=options.seed,
+        compression=options.compression,
+        provenance=provenance,
+    )
+
+
+def _rows_of_a_shard(batch: Batch) -> int:
+    size = 0
+    for values in batch.rows.values():
+        size += (
+            values.values.nbytes + 8 * len(values) if isinstance(values, Ragged) else values.nbytes
+        )
+    return max(1, SHARD_BYTES * batch.count // size)
+
+
+def _keep_others(target: Path, plan: BuildPlan, options: ImportOptions) -> None:
+    """The same import may be repeated; another set is not replaced unless that is said."""
+    if options.replace or not (target / MANIFEST).exists():
+        return
+    found = read_manifest(target)
+    if found.plan.fingerprint() != plan.fingerprint():
+        here, wanted = found.plan.model_dump(mode="json"), plan.model_dump(mode="json")
+        changed = ", ".join(key for key in wanted if here[key] != wanted[key])
+        raise DataError(
+            f"{target}: holds another data set ({found.rows} rows; it differs in {changed}). Choose "
+            "another folder, or replace it with --replace."
+        )
+
+
+def _written(target: Path, plan: BuildPlan, batches: Iterator[Batch]) -> Manifest:
+    with ShardWriter(target, plan) as writer:
+        for batch in batches:
+            if batch.count:
+                writer.append(batch.rows)
+    assert writer.manifest is not None, "the block ended without an error"
+    return writer.manifest
+
+
+def _shuffled(
+    target: Path,
+    plan: BuildPlan,
+    batches: Iterator[Batch],
+    options: ImportOptions,
+    progress: Advance,
+) -> Manifest:
+    """Rows in the order of the files to a hidden set beside `target`, from there in another order.
+
+    The hidden set needs as much space again while this runs. Its name is always the same, so that
+    what a killed import leaves is overwritten and removed by the next.
+    """
+    scratch = target.with_name(f"{TEMP_PREFIX}{target.name}-import")
+    try:
+        manifest = _written(scratch, plan.model_copy(update={"compression": None}), batches)
+        changes = Changes(shuffle_seed=options.shuffle, compression=options.compression)
+        done = 0
+
+        def advance(rows: int) -> None:
+            nonlocal done
+            done += rows
+            progress("shuffle", done, manifest.rows, "rows")
+
+        processes = options.processes
+        if processes == "auto":
+            big = manifest.bytes > SHARD_BYTES
+            processes = len(os.sched_getaffinity(0)) if big else 1
+        with ShardSet.open(scratch, verify="none") as rows:
+            return rewrite(rows, target, changes, processes=processes, progress=advance)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,152 @@
+"""Finished shards on their way into a manifest: what a build remembers of each, and the commit."""
+
+from __future__ import annotations
+
+import errno
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+import dmi_hpc
+from dmi_hpc.data.manifest import SPLIT, SPLITS, BuildPlan, Manifest, ShardRecord
+from dmi_hpc.data.ragged import Ragged
+from dmi_hpc.data.shard import Rows, group_by_split, write_shard
+from dmi_hpc.data.statistics import Moments
+from dmi_hpc.errors import DataError
+from dmi_hpc.files import write_text
+
+_SUFFIX = ".part.json"
+
+
+class Part(BaseModel):
+    """What the manifest needs to know of one finished shard."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fingerprint: str
+    record: ShardRecord
+    moments: Mapping[str, Moments]  # of training rows, by numeric field
+
+
+def make_part(path: Path, plan: BuildPlan, rows: Rows) -> Part:
+    """Write checked rows as the shard `path`."""
+    grouped = group_by_split(rows)
+    record = write_shard(path, plan, grouped)
+    train, moments = record.split_rows[0], {}
+    for field in plan.fields:
+        if not field.numeric or field == SPLIT:
+            continue
+        found = grouped[field.name]
+        values = (
+            found.values[: found.offsets[train]] if isinstance(found, Ragged) else found[:train]
+        )
+        if values.size:
+            moments[field.name] = Moments.of(values)
+    return Part(fingerprint=plan.fingerprint(), record=record, moments=moments)
+
+
+def note_part(path: Path, part: Part) -> None:
+    """Remember beside the shard that it is whole; an interrupted build continues from this."""
+    write_text(path.with_name(path.name + _SUFFIX), part.model_dump_json())
+
+
+def noted_part(path: Path, fingerprint: str) -> Part | None:
+    """What is remembered of a shard whose bytes are still those; None if it must be made.
+
+    Raises DataError if the shard belongs to another plan.
+    """
+    try:
+        part = Part.model_validate_json(path.with_name(path.name + _SUFFIX).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+    if part.fingerprint != fingerprint:
+        raise DataError(
+            f"{path}: a shard of another, unfinished data set (plan {part.fingerprint}, expected "
+            f"{fingerprint}). Choose another folder, or delete this one."
+        )
+    if not path.is_file() or path.stat().st_size != part.record.bytes:
+        return None
+    return part if file_checksum(path) == part.record.xxh3 else None
+
+
+def unfinished(folder: Path) -> int:
+    """Shards of an interrupted build in a folder."""
+    return len(list(folder.glob(f"*{_SUFFIX}")))
+
+
+def forget_parts(folder: Path) -> None:
+    for path in folder.glob(f"*{_SUFFIX}"):
+        path.unlink()
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3_64 of a file, 16 hexadecimal digits; `xxhsum -H3` prints the same."""
+    checksum = xxhash.xxh3_64()
+    with path.open("rb", buffering=0) as stream:
+        buffer = bytearray(1 << 22)
+        while count := stream.readinto(buffer):
+            checksum.update(memoryview(buffer)[:count])
+    return checksum.hexdigest()
+
+
+def manifest_of(plan: BuildPlan, parts: Sequence[Part]) -> Manifest:
+    """Merged in the order of shards: the same floats for any number of ranks."""
+    statistics: dict[str, Moments] = {}
+    for part in parts:
+        for name, moments in part.moments.items():
+            merged = statistics.get(name)
+            statistics[name] = merged.merge(moments) if merged else moments
+    totals = [sum(column) for column in zip(*(p.record.split_rows for p in parts), strict=True)]
+    return Manifest(
+        plan=plan,
+        rows=sum(totals),
+        split_rows=dict(zip(SPLITS, totals, strict=True)),
+        statistics={name: moments.statistics() for name, moments in statistics.items()},
+        made_with=_made_with(),
+        shards=tuple(part.record for part in parts),
+    )
+
+
+@cache
+def _made_with() -> dict[str, JsonValue]:
+    """Command, versions and source of this process: for people, not part of a set's identity."""
+    home = Path(dmi_hpc.__file__).parent
+    source = xxhash.xxh3_64()
+    for path in sorted(home.rglob("*.py")):
+        source.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
+    versions: dict[str, JsonValue] = {
+        "dmi-hpc": dmi_hpc.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("numpy", "h5py")},
+    }
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": versions,
+        "source": source.hexdigest(),
+    }
+
+
+def explain(problem: OSError, target: Path, needed: int | None) -> DataError:
+    """A failed write in the user's terms. needed: bytes of the whole set, if known."""
+    if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return DataError(f"{target}: cannot write the data set: {problem}")
+    free = shutil.disk_usage(target if target.exists() else target.parent).free
+    size = f"The whole set needs about {needed / 1e6:.1f} MB; " if needed else ""
+    return DataError(
+        f"{target}: no space left. {size}{free / 1e6:.1f} MB are free here (or your quota is spent). "
+        "Make room and repeat the command."
+    )
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Shards that no manifest names any more."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)

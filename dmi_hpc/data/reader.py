@@ -1,0 +1,416 @@
+"""The reader of a shard set: any rows of any field, by one of several back ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, overload
+
+import numpy as np
+import psutil
+
+from dmi_hpc.data.blocks import AGAIN, ArrayBlocks
+from dmi_hpc.data.hdf5 import H5Reader, found_offsets
+from dmi_hpc.data.manifest import (
+    SPLITS,
+    BuildPlan,
+    Field,
+    Manifest,
+    ShardRecord,
+    SplitName,
+    axis_array,
+    read_manifest,
+)
+from dmi_hpc.data.parts import file_checksum
+from dmi_hpc.data.ragged import Ragged, offsets_of, places_of
+from dmi_hpc.data.ranges import Ranges, Rows
+from dmi_hpc.data.sources import (
+    BlockReader,
+    BlockSource,
+    MappedSource,
+    OracleSource,
+    RamSource,
+    Source,
+)
+from dmi_hpc.data.storage import Access, access_of
+from dmi_hpc.errors import CorruptShardError, DataError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Ids = np.ndarray[Any, np.dtype[np.int64]]
+Backend = Literal["auto", "mmap", "pread", "direct", "ram", "h5py"]
+Verify = Literal["open", "read", "none"]
+Allocate = Callable[[str, tuple[int, ...], np.dtype[Any]], Array]
+
+ARENA_BYTES = 256 * 2**20  # of blocks that pread and direct keep, an array
+_CHECKERS = 8  # threads that verify a set: more only wait for the disk
+
+
+def new_array(_: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Fresh memory for a field."""
+    return np.empty(shape, dtype=dtype)
+
+
+class ShardSet:
+    """All rows of a committed shard set, numbered over all shards.
+
+    Back ends: "mmap" reads through the page cache, one copy a node; "pread" and "direct" (O_DIRECT)
+    read whole blocks, for storage where small reads are slow; "ram" holds a private copy; "h5py" is
+    the oracle. "auto" takes what suits the storage; `access.reason` says why. Safe to use from
+    several threads.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        *,
+        access: Access,
+        check: bool = False,
+        arena_bytes: int = ARENA_BYTES,
+    ) -> None:
+        self.path, self.manifest = path, manifest
+        self.access, self.backend = access, access.backend
+        self._check, self._arena_bytes = check, arena_bytes
+        self._ranges = Ranges([shard.rows for shard in manifest.shards])
+        self._blocks: dict[str, ArrayBlocks] = {}
+        self._sources: dict[str, Source] = {}
+        self._handles: dict[int, int] = {}
+        self._readers: dict[int, H5Reader] = {}
+        self._lock = threading.RLock()
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        verify: Verify = "open",
+        backend: Backend = "auto",
+        arena_bytes: int = ARENA_BYTES,
+        processes_on_node: int = 1,
+    ) -> ShardSet:
+        """Check every shard's existence and size, and its bytes as `verify` says.
+
+        verify: "open" compares every file's checksum and offsets now; "read" each block's checksum
+        when it is first read; "none" nothing more. arena_bytes: that "pread" and "direct" may hold
+        of each field. processes_on_node: that read sets; "auto" shares the memory among them.
+        Raises DataError (no set), FormatVersionError (of another version), CorruptShardError (names
+        the file and what was expected and found).
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        for shard in manifest.shards:
+            check_size(path / shard.file, shard)
+        if verify == "open":
+            check_files(path, manifest)
+        access = _access(path, manifest, backend, processes_on_node)
+        return cls(path, manifest, access=access, check=verify == "read", arena_bytes=arena_bytes)
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def rows(self, split: SplitName | Literal["all"]) -> Rows:
+        """Row numbers of a split, ascending."""
+        shards = self.manifest.shards
+        starts = self._ranges.starts.tolist()
+        if split == "all":
+            return Rows([0], [len(self)])
+        if split not in SPLITS:
+            raise DataError(f"no split {split!r}; expected all, {', '.join(SPLITS)}")
+        index = SPLITS.index(split)
+        before = [sum(shard.split_rows[:index]) for shard in shards]
+        first = [start + skip for start, skip in zip(starts, before, strict=True)]
+        return Rows(first, [shard.split_rows[index] for shard in shards])
+
+    @overload
+    def gather(self, field: str, rows: Ids | Rows, out: Array) -> Array: ...
+    @overload
+    def gather(self, field: str, rows: Ids | Rows, out: None = None) -> Any: ...
+    def gather(self, field: str, rows: Ids | Rows, out: Array | None = None) -> Any:
+        """Rows of a field in the order asked for: (n, *shape), or Ragged; copied (into `out`).
+
+        out: for dense fields, C-contiguous, of the field's dtype. Raises IndexError if a row is
+        outside [0, rows of the set), DataError for an unknown field, CorruptShardError.
+        """
+        found = self.manifest.field(field)
+        numbers = self.numbers(rows)
+        if found.axis is not None:
+            if out is not None:
+                raise ValueError(f"{field!r} is ragged: its size is not known beforehand")
+            return self._ragged(found, *self._entries(found.axis, numbers))
+        if out is None:
+            out = np.empty((len(numbers), *found.shape), dtype=found.numpy)
+        self._source(found).take(numbers, out)
+        return out
+
+    def fields(
+        self, names: Sequence[str], rows: Ids | Rows, allocate: Allocate = new_array
+    ) -> dict[str, Any]:
+        """Several fields of the same rows; faster than one by one where they share an axis.
+
+        allocate: (field, shape, dtype) -> the array to fill, C-contiguous.
+        """
+        numbers = self.numbers(rows)
+        entries: dict[str, tuple[Ids, Ids]] = {}
+        found: dict[str, Any] = {}
+        for name in names:
+            field = self.manifest.field(name)
+            if field.axis is None:
+                found[name] = allocate(name, (len(numbers), *field.shape), field.numpy)
+                self._source(field).take(numbers, found[name])
+                continue
+            if field.axis not in entries:
+                entries[field.axis] = self._entries(field.axis, numbers)
+            found[name] = self._ragged(field, *entries[field.axis], allocate)
+        return found
+
+    def read(self, field: str, start: int, stop: int, out: Array | None = None) -> Array:
+        """Consecutive rows of a dense field: a plain copy, the fastest way to read in order."""
+        found = self.manifest.field(field)
+        if found.axis is not None:
+            raise ValueError(f"{field!r} is ragged: use gather")
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"rows {start} to {stop} of a set of {len(self)}")
+        if out is None:
+            out = np.empty((stop - start, *found.shape), dtype=found.numpy)
+        self._source(found).read(start, stop, out)
+        return out
+
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether the back end reads whole blocks, so that it pays to say early which."""
+        return self.backend in ("pread", "direct")
+
+    def row_bytes(self, names: Sequence[str]) -> float:
+        """Mean bytes of one row of these fields."""
+        total = 0
+        for name in names:
+            field = self.manifest.field(name)
+            total += field.entry_bytes * self._numbered(field).entries.total
+        return total / len(self)
+
+    def prefetch(self, names: Sequence[str], rows: Ids) -> None:
+        """Bring the blocks of these rows near, for back ends that read blocks; else nothing."""
+        for name in names:
+            field = self.manifest.field(name)
+            if field.axis is None:
+                self._prefetch(field, rows)
+                continue
+            starts, lengths = self._entries(field.axis, rows)
+            some = lengths > 0
+            self._prefetch(field, np.concatenate([starts[some], (starts + lengths - 1)[some]]))
+
+    def _prefetch(self, array: Field, entries: Ids) -> None:
+        source = self._source(array)
+        if isinstance(source, BlockSource):
+            source.prefetch(np.unique(self._numbered(array).of(entries)))
+
+    def offsets(self, axis: str) -> Ids:
+        """Offsets of all rows' entries over the whole set, (rows + 1,) int64."""
+        _, lengths = self._entries(axis, np.arange(len(self), dtype=np.int64))
+        return offsets_of(lengths)
+
+    def numbers(self, rows: Ids | Rows) -> Ids:
+        """Row numbers as an array, (n,) int64. Raises IndexError if one is not of the set."""
+        given = np.asarray(rows)
+        if given.size and given.dtype.kind not in "iu":
+            raise IndexError(f"rows: expected an array of row numbers, found {given.dtype}")
+        numbers = given.astype(np.int64, copy=False)
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self)):
+            raise IndexError(f"rows {numbers.min()} to {numbers.max()} of a set of {len(self)}")
+        return numbers
+
+    def _entries(self, axis: str, rows: Ids) -> tuple[Ids, Ids]:
+        """(first entry over all shards, number of entries) of each row."""
+        array = axis_array(axis)
+        shards = self._ranges.find(rows)
+        source, places = self._source(array), rows + shards  # each shard has one offset more
+        low, high = np.empty((2, len(rows)), dtype=np.int64)
+        source.take(places, low)
+        source.take(places + 1, high)
+        values = next(field for field in self.manifest.fields if field.axis == axis)
+        numbered = self._numbered(values)
+        limits = np.array([stored.length for stored in numbered.stored], dtype=np.int64)[shards]
+        wrong = np.flatnonzero((low < 0) | (high < low) | (high > limits))
+        if wrong.size:
+            row = int(wrong[0])
+            raise CorruptShardError(
+                f"{numbered.path(int(shards[row]))}: axis {axis!r}: row {rows[row]} of the set has "
+                f"entries {low[row]} to {high[row]} of {limits[row]}. {AGAIN}"
+            )
+        return low + numbered.entries.starts[shards], high - low
+
+    def _ragged(
+        self, field: Field, starts: Ids, lengths: Ids, allocate: Allocate = new_array
+    ) -> Ragged:
+        places = places_of(starts, lengths)
+        values = allocate(field.name, (len(places), *field.shape), field.numpy)
+        self._source(field).take(places, values)
+        return Ragged(values, offsets_of(lengths))
+
+    def _numbered(self, array: Field) -> ArrayBlocks:
+        with self._lock:
+            if array.name not in self._blocks:
+                self._blocks[array.name] = ArrayBlocks(self.path, self.manifest, array)
+            return self._blocks[array.name]
+
+    def _source(self, array: Field) -> Source:
+        found = self._sources.get(array.name)
+        if found is None:
+            with self._lock:
+                assert not self._closed, "the shard set is closed"
+                found = self._sources.get(array.name)
+                if found is None:
+                    found = self._sources[array.name] = self._new_source(array)
+        return found
+
+    def _new_source(self, array: Field) -> Source:
+        blocks = self._numbered(array)
+        if self.backend == "h5py":
+            return OracleSource(blocks, self._reader)
+        plain = not blocks.compressed
+        if self.backend == "mmap" or (self.backend == "ram" and plain):
+            mapped = MappedSource(blocks, check=self._check)
+            return mapped if self.backend == "mmap" else RamSource(mapped, blocks)
+        reader = BlockReader(
+            blocks,
+            self._handle,
+            self.manifest.plan.compression,
+            check=self._check,
+            direct=self.backend == "direct",
+        )
+        slots = self._arena_bytes // (blocks.per_block * array.entry_bytes)
+        source = BlockSource(blocks, reader, slots=slots if self.backend != "ram" else 4)
+        return source if self.backend != "ram" else RamSource(source, blocks)
+
+    def _handle(self, shard: int) -> int:
+        """An open file; one a shard, only for back ends that read blocks."""
+        found = self._handles.get(shard)
+        if found is not None:
+            return found
+        with self._lock:
+            if shard not in self._handles:
+                flags = os.O_RDONLY | os.O_CLOEXEC
+                if self.backend == "direct":
+                    flags |= os.O_DIRECT
+                self._handles[shard] = _open(self.path / self.manifest.shards[shard].file, flags)
+            return self._handles[shard]
+
+    def _reader(self, shard: int) -> H5Reader:
+        if shard not in self._readers:
+            path = self.path / self.manifest.shards[shard].file
+            self._readers[shard] = H5Reader(path, self.manifest.plan)
+        return self._readers[shard]
+
+    def close(self) -> None:
+        """Close all files; maps end with the last array that shows them."""
+        with self._lock:
+            self._closed = True
+            self._sources.clear()
+            for handle in self._handles.values():
+                os.close(handle)
+            for reader in self._readers.values():
+                reader.close()
+            self._handles.clear()
+            self._readers.clear()
+
+    def __enter__(self) -> ShardSet:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _access(path: Path, manifest: Manifest, backend: Backend, processes_on_node: int) -> Access:
+    compressed = manifest.plan.compression is not None
+    if backend == "auto":
+        return access_of(path, manifest, processes_on_node=processes_on_node)
+    if backend == "mmap" and compressed:
+        raise DataError(
+            f"{path}: a compressed set cannot be mapped: expected backend pread, direct, ram or auto"
+        )
+    if backend in ("pread", "direct"):
+        return Access(backend, "block", 0, f"{backend} was asked for")
+    return Access(backend, "global", 0, f"{backend} was asked for")
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise DataError(
+                f"{path}: too many open files, this back end needs one a shard. Raise the limit "
+                "(ulimit -n), use backend mmap, or build the set with more rows per shard."
+            ) from None
+        if error.errno == errno.EINVAL and flags & os.O_DIRECT:
+            raise DataError(
+                f"{path}: this file system has no O_DIRECT. Use backend pread or mmap."
+            ) from None
+        raise DataError(f"{path}: cannot be opened: {error}") from None
+
+
+def check_size(path: Path, shard: ShardRecord) -> None:
+    """Raise CorruptShardError unless the file is there, as long as it was."""
+    expected = f"expected {shard.bytes} bytes with checksum xxh3 {shard.xxh3}"
+    if not path.is_file():
+        raise CorruptShardError(f"{path}: missing; {expected}. {AGAIN}")
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise CorruptShardError(f"{path}: {expected}, found {size} bytes. {AGAIN}")
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file's checksum and offsets with the manifest, several files at once."""
+    checkers = min(_CHECKERS, psutil.cpu_count() or 1, len(manifest.shards))
+    with ThreadPoolExecutor(checkers) as pool:
+        sums = pool.map(lambda s: file_checksum(folder / s.file), manifest.shards)
+        for shard, found in zip(manifest.shards, sums, strict=True):
+            if found != shard.xxh3:
+                path = folder / shard.file
+                blame = _first_bad(folder, manifest, shard)
+                raise CorruptShardError(
+                    f"{path}: expected checksum xxh3 {shard.xxh3}, found {found}{blame}. {AGAIN}"
+                )
+    for shard in manifest.shards:
+        check_offsets(folder / shard.file, manifest.plan, shard)
+
+
+def _first_bad(folder: Path, manifest: Manifest, shard: ShardRecord) -> str:
+    """Which field and block a bad checksum comes from, if it is in one."""
+    alone = manifest.model_copy(update={"shards": (shard,)})
+    for array in manifest.plan.arrays:
+        blocks = ArrayBlocks(folder, alone, array)
+        with (folder / shard.file).open("rb") as stream:
+            try:
+                for block in range(blocks.total):
+                    offset, size, _ = (int(n) for n in blocks.table(0)[block])
+                    blocks.check(block, os.pread(stream.fileno(), size, offset))
+            except CorruptShardError as error:
+                found = str(error).removeprefix(f"{folder / shard.file}: ").removesuffix(AGAIN)
+                return f"; {found.rstrip('. ')}"
+    return "; no block of data is damaged, but the file's header is"
+
+
+def check_offsets(path: Path, plan: BuildPlan, shard: ShardRecord) -> None:
+    """Raise CorruptShardError unless HDF5 finds the arrays where the manifest says."""
+    try:
+        found = found_offsets(path, plan)
+    except (OSError, KeyError, TypeError, RuntimeError) as error:
+        raise CorruptShardError(f"{path}: not readable as HDF5: {error}. {AGAIN}") from error
+    for name, stored in shard.arrays.items():
+        if found[name] != (stored.offset, stored.blocks):
+            raise CorruptShardError(
+                f"{path}: {name}: data and block table at {found[name]}, the manifest says "
+                f"{(stored.offset, stored.blocks)}. {AGAIN}"
+            )

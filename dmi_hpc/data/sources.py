@@ -1,0 +1,325 @@
+"""Where the reader's bytes come from: entries of one stored array, numbered over all shards.
+
+mapped   the page cache itself; one copy a node, shared by all processes. The default
+ram      a private copy of the whole array
+blocks   whole blocks read with pread (or past the page cache), checked, decoded, kept for a while
+h5py     the oracle that the others must agree with; slow
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+
+from dmi_hpc.data.blocks import ArrayBlocks, CheckOnce
+from dmi_hpc.data.codecs import DamagedBlockError, decode, load_codec
+from dmi_hpc.data.hdf5 import H5Reader
+from dmi_hpc.data.manifest import PAGE, Compression
+from dmi_hpc.data.mapping import Piece, map_pieces
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Ids = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Source(Protocol):
+    """Entries of one array. Callers check bounds; `out` is C-contiguous, of the stored dtype."""
+
+    def take(self, entries: Ids, out: Array) -> None:
+        """Entries in the order asked for."""
+
+    def read(self, start: int, stop: int, out: Array) -> None:
+        """Entries start to stop."""
+
+
+class MappedSource:
+    """All shards in one virtual array (see mapping.py)."""
+
+    def __init__(self, blocks: ArrayBlocks, *, check: bool) -> None:
+        array, self._blocks = blocks.array, blocks
+        pieces = [
+            Piece(blocks.path(k), stored.offset, stored.length)
+            for k, stored in enumerate(blocks.stored)
+        ]
+        self._data, first = map_pieces(pieces, array.numpy, array.shape)
+        self._shift = np.array(first, dtype=np.int64) - blocks.entries.starts
+        self._check = CheckOnce(blocks, self._bytes_of) if check else None
+
+    def _bytes_of(self, block: int) -> Array:
+        start, stop = self._blocks.span(block)
+        shift = int(self._shift[self._blocks.split(block)[0]])
+        return self._data[start + shift : stop + shift].reshape(-1).view(np.uint8)
+
+    def take(self, entries: Ids, out: Array) -> None:
+        if self._check:
+            self._check.touch(entries)
+        if len(self._shift) > 1:
+            entries = entries + self._shift[self._blocks.entries.find(entries)]
+        # clip: unbuffered, and the bounds are checked by the caller
+        np.take(self._data, entries, axis=0, out=out, mode="clip")
+
+    def read(self, start: int, stop: int, out: Array) -> None:
+        if self._check:
+            self._check.touch_range(start, stop)
+        ranges = self._blocks.entries
+        while start < stop:
+            shard = int(ranges.find(np.array([start]))[0])
+            end = min(stop, int(ranges.ends[shard]))
+            shift = int(self._shift[shard])
+            out[: end - start] = self._data[start + shift : end + shift]
+            out, start = out[end - start :], end
+
+
+class RamSource:
+    """A private copy; read once, block by block."""
+
+    def __init__(self, source: Source, blocks: ArrayBlocks) -> None:
+        array, total = blocks.array, blocks.entries.total
+        self._data = np.empty((total, *array.shape), dtype=array.numpy)
+        step = max(blocks.per_block, (1 << 24) // array.entry_bytes)
+        for start in range(0, total, step):
+            stop = min(start + step, total)
+            source.read(start, stop, self._data[start:stop])
+
+    def take(self, entries: Ids, out: Array) -> None:
+        np.take(self._data, entries, axis=0, out=out, mode="clip")
+
+    def read(self, start: int, stop: int, out: Array) -> None:
+        out[...] = self._data[start:stop]
+
+
+class OracleSource:
+    """h5py, one entry after the other, one thread at a time."""
+
+    def __init__(self, blocks: ArrayBlocks, readers: Callable[[int], H5Reader]) -> None:
+        self._blocks, self._readers = blocks, readers
+        self._lock = threading.Lock()
+
+    def take(self, entries: Ids, out: Array) -> None:
+        for place, entry in enumerate(entries.tolist()):
+            self.read(entry, entry + 1, out[place : place + 1])
+
+    def read(self, start: int, stop: int, out: Array) -> None:
+        ranges = self._blocks.entries
+        with self._lock:
+            while start < stop:
+                shard = int(ranges.find(np.array([start]))[0])
+                first, end = int(ranges.starts[shard]), min(stop, int(ranges.ends[shard]))
+                name = self._blocks.array.name
+                self._readers(shard).read(name, start - first, end - first, out[: end - start])
+                out, start = out[end - start :], end
+
+
+class _Reading:
+    """A block that one thread reads and others wait for."""
+
+    def __init__(self) -> None:
+        self.over, self.failed = threading.Event(), False
+
+
+class BlockSource:
+    """Reads whole blocks into an arena of slots and gathers from there.
+
+    Made for storage where a small read costs as much as a large one, and for compressed sets. Each
+    block is checked whenever it is read. Blocks in use are pinned; of the others the one unused for
+    longest gives way. slots: blocks held at once.
+    """
+
+    def __init__(
+        self, blocks: ArrayBlocks, fetch: Callable[[int, Array], None], *, slots: int
+    ) -> None:
+        array = blocks.array
+        self._blocks, self._fetch = blocks, fetch
+        self._slots = max(1, min(slots, blocks.total))
+        self._arena = np.empty((self._slots * blocks.per_block, *array.shape), dtype=array.numpy)
+        self._slot_of: OrderedDict[int, int] = OrderedDict()  # block -> slot, longest unused first
+        self._pins: dict[int, int] = {}
+        self._readings: dict[int, _Reading] = {}  # by block, going on now
+        self._free = list(range(self._slots))
+        self._changed = threading.Condition()
+
+    def take(self, entries: Ids, out: Array) -> None:
+        numbers = self._blocks.of(entries)
+        needed = np.unique(numbers)
+        if len(needed) <= self._share:
+            self._take(entries, numbers, needed, out)
+            return
+        # more blocks than this thread may pin: some of them at a time
+        order = np.argsort(numbers, kind="stable")
+        for start in range(0, len(needed), self._share):
+            some = needed[start : start + self._share]
+            low, high = np.searchsorted(numbers[order], [some[0], some[-1] + 1])
+            places = order[low:high]
+            piece = np.empty((len(places), *out.shape[1:]), dtype=out.dtype)
+            self._take(entries[places], numbers[places], some, piece)
+            out[places] = piece
+
+    @property
+    def _share(self) -> int:
+        """Blocks that one thread pins at once; it pins all it needs or waits with none."""
+        return max(1, self._slots // 2)
+
+    def _take(self, entries: Ids, numbers: Ids, needed: Ids, out: Array) -> None:
+        with self._pinned(needed.tolist()) as slots:
+            shift = np.array(slots, dtype=np.int64) * self._blocks.per_block
+            shift -= self._blocks.firsts(needed)
+            places = entries + shift[np.searchsorted(needed, numbers)]
+            np.take(self._arena, places, axis=0, out=out, mode="clip")
+
+    def read(self, start: int, stop: int, out: Array) -> None:
+        while start < stop:
+            block = int(self._blocks.of(np.array([start]))[0])
+            first, end = self._blocks.span(block)
+            end = min(end, stop)
+            with self._pinned([block]) as (slot,):
+                shift = slot * self._blocks.per_block - first
+                out[: end - start] = self._arena[start + shift : end + shift]
+            out, start = out[end - start :], end
+
+    def prefetch(self, blocks: Ids) -> None:
+        """Read blocks before they are asked for."""
+        for block in blocks.tolist():
+            with self._pinned([block]):
+                pass
+
+    @contextmanager
+    def _pinned(self, blocks: list[int]) -> Iterator[list[int]]:
+        """Slots of the blocks, which are there and stay until the end of the block."""
+        slots, mine, held = self._claim(blocks)
+        try:
+            try:
+                for block, slot in mine:
+                    self._load(block, slot)
+            finally:
+                self._settle(mine)
+            for block, reading in held:
+                reading.over.wait()
+                if reading.failed:  # its slot may be another block's by now
+                    raise self._blocks.corrupt(block, "could not be read by another thread")
+            yield slots
+        finally:
+            with self._changed:
+                for block in blocks:
+                    self._pins[block] -= 1
+                    if self._pins[block] == 0:
+                        del self._pins[block]
+                self._changed.notify_all()
+
+    def _claim(
+        self, blocks: list[int]
+    ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, _Reading]]]:
+        """(slots, blocks that this thread must read, blocks that others are reading)."""
+        with self._changed:
+            while True:
+                missing = [b for b in blocks if b not in self._slot_of]
+                idle = [b for b in self._slot_of if b not in self._pins and b not in blocks]
+                if len(missing) <= len(self._free) + len(idle):
+                    break
+                self._changed.wait()
+            mine = []
+            for block in missing:
+                if not self._free:
+                    self._free.append(self._slot_of.pop(idle.pop(0)))
+                slot = self._slot_of[block] = self._free.pop()
+                self._readings[block] = _Reading()
+                mine.append((block, slot))
+            for block in blocks:
+                self._pins[block] = self._pins.get(block, 0) + 1
+                self._slot_of.move_to_end(block)
+            own = {block for block, _ in mine}
+            held = [(b, r) for b in blocks if b not in own and (r := self._readings.get(b))]
+            return [self._slot_of[b] for b in blocks], mine, held
+
+    def _load(self, block: int, slot: int) -> None:
+        start, stop = self._blocks.span(block)
+        first = slot * self._blocks.per_block
+        raw = self._arena[first : first + stop - start].reshape(-1).view(np.uint8)
+        self._fetch(block, raw)
+        with self._changed:
+            self._readings.pop(block).over.set()
+
+    def _settle(self, mine: list[tuple[int, int]]) -> None:
+        """Blocks that could not be read give their slots back."""
+        with self._changed:
+            for block, slot in mine:
+                reading = self._readings.pop(block, None)
+                if reading is not None:
+                    del self._slot_of[block]
+                    self._free.append(slot)
+                    reading.failed = True
+                    reading.over.set()
+
+
+class BlockReader:
+    """Fetches single blocks of an array: pread, check, decode. direct: past the page cache."""
+
+    def __init__(
+        self,
+        blocks: ArrayBlocks,
+        handles: Callable[[int], int],
+        compression: Compression | None,
+        *,
+        check: bool,
+        direct: bool,
+    ) -> None:
+        self._blocks, self._handles, self._check = blocks, handles, check
+        self._compression = compression if blocks.compressed else None
+        if self._compression is not None:
+            load_codec(self._compression.codec)
+        self._direct = direct
+        self._local = threading.local()
+
+    def __call__(self, block: int, out: Array) -> None:
+        """The block's entries as bytes into `out`."""
+        shard, local = self._blocks.split(block)
+        offset, size, _ = (int(n) for n in self._blocks.table(shard)[local])
+        raw = out if self._compression is None and not self._direct else None
+        stored = self._read(self._handles(shard), block, offset, size, raw)
+        if self._check:
+            self._blocks.check(block, stored)
+        if self._compression is not None:
+            self._decode(block, stored, out)
+        elif self._direct:
+            out[:] = stored
+
+    def _decode(self, block: int, stored: Array, out: Array) -> None:
+        assert self._compression is not None, "asked for compressed arrays only"
+        array = self._blocks.array
+        size = self._blocks.per_block * array.entry_bytes
+        whole = out if len(out) == size else np.empty(size, dtype=np.uint8)
+        try:
+            decode(self._compression, stored, whole, array.numpy.itemsize)
+        except DamagedBlockError as error:
+            raise self._blocks.corrupt(block, f"cannot be decompressed: {error}") from None
+        if whole is not out:
+            out[:] = whole[: len(out)]
+
+    def _read(self, handle: int, block: int, offset: int, size: int, out: Array | None) -> Array:
+        before = offset % PAGE if self._direct else 0
+        whole = -(-(before + size) // PAGE) * PAGE if self._direct else size
+        buffer = out if out is not None else self._scratch(whole)
+        got = 0
+        while got < before + size:
+            count = os.preadv(handle, [buffer[got:whole].data], offset - before + got)
+            if count == 0:
+                break
+            got += count
+            if self._direct and got % PAGE:
+                break  # the end of the file
+        if got < before + size:
+            raise self._blocks.corrupt(block, f"expected {size} bytes at {offset}, the file ends")
+        return buffer[before : before + size]
+
+    def _scratch(self, size: int) -> Array:
+        """This thread's buffer, page-aligned as O_DIRECT needs it."""
+        buffer: Array | None = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < size:
+            memory = mmap.mmap(-1, max(size, PAGE))
+            buffer = self._local.buffer = np.frombuffer(memory, dtype=np.uint8)
+        return buffer[:size]
