@@ -27,6 +27,7 @@ from dmi_hpc.data.manifest import (
     SPLIT,
     BuildPlan,
     Manifest,
+    ShardRecord,
     read_manifest,
     split_of,
     write_manifest,
@@ -34,11 +35,13 @@ from dmi_hpc.data.manifest import (
 from dmi_hpc.data.parts import (
     Part,
     explain,
-    forget_parts,
+    is_whole,
     make_part,
     manifest_of,
     note_part,
     noted_part,
+    remove_strays,
+    unfinished,
 )
 from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.sampler import Order
@@ -106,33 +109,40 @@ def build(
     what the plan says; RunError: another build is at work there.
     """
     with ExitStack() as held:
-        done: Manifest | None = None
+        before: Manifest | None = None
+        whole = False
         with together(comm.share):
             if comm.rank == 0:
-                done = _enter(target, plan, held)
-        done = comm.share(done)[0]
-        if done is not None:
-            return done
+                before, whole = _enter(target, plan, held)
+        before, whole = comm.share((before, whole))[0]
+        if before is not None and whole:
+            return before
         parts: dict[int, Part] = {}
         with together(comm.share):
-            work = _Work(target, plan, plan.fingerprint(), make_rows, rows_per_call)
+            known = {shard.file: shard for shard in before.shards} if before else {}
+            work = _Work(target, plan, plan.fingerprint(), make_rows, rows_per_call, known)
             parts = _parts(work, comm, processes, progress)
         gathered = comm.gather(parts)
         with together(comm.share):
             if gathered is not None:
-                _commit(target, plan, gathered)
+                _commit(target, plan, gathered, before)
         return read_manifest(target)
 
 
-def _enter(target: Path, plan: BuildPlan, held: ExitStack) -> Manifest | None:
-    """On rank 0, first: the complete set of this plan, or None and `held` has the target's lock."""
-    done = _carried_out(target, plan)
-    if done is None:
+def _enter(target: Path, plan: BuildPlan, held: ExitStack) -> tuple[Manifest | None, bool]:
+    """On rank 0, first: (manifest of this plan, whether its shards are all there).
+
+    If there is something left to do, `held` has the target's lock.
+    """
+    before, whole = _carried_out(target, plan)
+    if not whole or unfinished(target):
         with writing(target.parent):
             held.enter_context(exclusive(target, "build of a data set"))
-        done = _carried_out(target, plan)  # by another, just before we had the lock
+        before, whole = _carried_out(target, plan)  # by another, just before we had the lock
         remove_stale(target)
-    return done
+        if whole:  # killed just behind its commit
+            remove_strays(target, notes=True)
+    return before, whole
 
 
 def _parts(
@@ -155,10 +165,13 @@ def _needed(plan: BuildPlan) -> int | None:
     return plan.rows * sum(field.entry_bytes for field in plan.fields) if known else None
 
 
-def _carried_out(target: Path, plan: BuildPlan) -> Manifest | None:
-    """The complete set of this plan, None if there is none; DataError if another set is there."""
+def _carried_out(target: Path, plan: BuildPlan) -> tuple[Manifest | None, bool]:
+    """(manifest of this plan, if any; whether its shards are all there, by their sizes).
+
+    Raises DataError if another set is there.
+    """
     if not (target / MANIFEST).exists():
-        return None
+        return None, False
     found = read_manifest(target)
     here, wanted = found.plan.model_dump(mode="json"), plan.model_dump(mode="json")
     changed = [key for key in wanted if here[key] != wanted[key]]
@@ -169,16 +182,23 @@ def _carried_out(target: Path, plan: BuildPlan) -> Manifest | None:
             "Choose another folder, or delete this one."
         )
     sizes = [(target / s.file).stat().st_size for s in found.shards if (target / s.file).exists()]
-    return found if sizes == [shard.bytes for shard in found.shards] else None
+    return found, sizes == [shard.bytes for shard in found.shards]
 
 
-def _commit(target: Path, plan: BuildPlan, gathered: Sequence[Mapping[int, Part]]) -> None:
+def _commit(
+    target: Path,
+    plan: BuildPlan,
+    gathered: Sequence[Mapping[int, Part]],
+    before: Manifest | None,
+) -> None:
     """On rank 0, when all ranks are done: write the manifest."""
     parts = {shard: part for some in gathered for shard, part in some.items()}
     manifest = manifest_of(plan, [parts[k] for k in range(plan.shard_count)])
+    if before is not None:  # lost shards were made again; rows, so statistics, are the plan's
+        manifest = manifest.model_copy(update={"statistics": before.statistics})
     try:
         write_manifest(target, manifest)
-        forget_parts(target)
+        remove_strays(target, notes=True)
     except OSError as problem:
         raise explain(problem, target, _needed(plan)) from problem
 
@@ -196,10 +216,14 @@ class _Work:
     fingerprint: str
     make_rows: MakeRows
     rows_per_call: int
+    known: Mapping[str, ShardRecord]  # of a set that has lost some of its shards
 
     def shard(self, shard: int, advance: Callable[[int], None]) -> Part:
         rows, path = self.plan.shard_rows(shard), self.target / f"shard-{shard:05d}.h5"
         part = noted_part(path, self.fingerprint)
+        record = self.known.get(path.name)
+        if part is None and record is not None and is_whole(path, record):
+            part = Part(fingerprint=self.fingerprint, record=record, moments={})
         if part is not None:
             advance(len(rows))
             return part

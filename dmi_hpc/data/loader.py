@@ -18,10 +18,11 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from dmi_hpc.data.permutation import Ids, mix
 from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.ranges import Rows
 from dmi_hpc.data.reader import ShardSet
-from dmi_hpc.data.sampler import Batches, Ids, Order, Tail, Weights, mix, rank_slice
+from dmi_hpc.data.sampler import Batches, Order, Tail, Weights, rank_slice
 from dmi_hpc.errors import DataError
 
 Array = np.ndarray[Any, np.dtype[Any]]

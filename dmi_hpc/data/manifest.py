@@ -243,7 +243,9 @@ class StoredArray(_Plain):
 
     offset: int = Option(ge=0, le=_MOST, description="of its first byte; 0 if compressed or empty")
     length: int = Option(ge=0, le=_MOST, description="entries along the first axis")
-    blocks: int = Option(ge=0, le=_MOST, description="offset of its block table; 0 if it has no entries")
+    blocks: int = Option(
+        ge=0, le=_MOST, description="offset of its block table; 0 if it has no entries"
+    )
     xxh3: str = Option(pattern=_HASH, description="of the bytes of the block table")
 
 
@@ -375,7 +377,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except UnicodeEncodeError as error:
-        raise DataError(f"{path}: text that is not Unicode ({error}). Build the set again.") from None
+        raise DataError(
+            f"{path}: text that is not Unicode ({error}). Build the set again."
+        ) from None
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()[:5]

@@ -95,10 +95,11 @@ def _map_file(address: int, piece: Piece, size: int) -> None:
     try:
         handle = os.open(piece.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            if os.fstat(handle).st_size < piece.offset + size:  # reading past the end kills (SIGBUS)
+            found = os.fstat(handle).st_size
+            if found < piece.offset + size:  # to read past the end of a mapped file is to be killed
                 raise CorruptShardError(
-                    f"{piece.path}: found {os.fstat(handle).st_size} bytes, expected at least "
-                    f"{piece.offset + size}: it was cut short after the set was opened"
+                    f"{piece.path}: found {found} bytes, expected at least {piece.offset + size}: it "
+                    "was cut short after the set was opened"
                 )
             _map(address, size, _PROT_READ, _MAP_SHARED | _MAP_FIXED, handle, piece.offset)
         finally:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import platform
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,15 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 import dmi_hpc
-from dmi_hpc.data.manifest import SPLIT, SPLITS, BuildPlan, Manifest, ShardRecord
+from dmi_hpc.data.manifest import (
+    MANIFEST,
+    SPLIT,
+    SPLITS,
+    BuildPlan,
+    Manifest,
+    ShardRecord,
+    read_manifest,
+)
 from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.shard import Rows, group_by_split, write_shard
 from dmi_hpc.data.statistics import Moments
@@ -24,6 +33,7 @@ from dmi_hpc.errors import DataError
 from dmi_hpc.files import write_text
 
 _SUFFIX = ".part.json"
+_SHARD = re.compile(r"shard\d*-\d{5,}\.h5(\.part\.json)?", re.ASCII)  # no file of the user's
 
 
 class Part(BaseModel):
@@ -72,9 +82,14 @@ def noted_part(path: Path, fingerprint: str) -> Part | None:
             f"{path}: a shard of another, unfinished data set (plan {part.fingerprint}, expected "
             f"{fingerprint}). Choose another folder, or delete this one."
         )
-    if not path.is_file() or path.stat().st_size != part.record.bytes:
-        return None
-    return part if file_checksum(path) == part.record.xxh3 else None
+    return part if is_whole(path, part.record) else None
+
+
+def is_whole(path: Path, record: ShardRecord) -> bool:
+    """Whether the bytes of a shard are still those."""
+    if not path.is_file() or path.stat().st_size != record.bytes:
+        return False
+    return file_checksum(path) == record.xxh3
 
 
 def unfinished(folder: Path) -> int:
@@ -82,9 +97,21 @@ def unfinished(folder: Path) -> int:
     return len(list(folder.glob(f"*{_SUFFIX}")))
 
 
-def forget_parts(folder: Path) -> None:
-    for path in folder.glob(f"*{_SUFFIX}"):
-        path.unlink()
+def remove_strays(folder: Path, *, notes: bool) -> None:
+    """Remove shards that the folder's manifest does not name: of writers that failed or were killed.
+
+    notes: also what an interrupted build has finished and noted; else that stays. The caller holds
+    the folder's lock. What is on disk decides: a writer may be interrupted just behind its commit.
+    """
+    named: set[str] = set()
+    if (folder / MANIFEST).exists():
+        named = {shard.file for shard in read_manifest(folder).shards}
+    found = [path for path in folder.iterdir() if _SHARD.fullmatch(path.name)]
+    noted = {path.name.removesuffix(_SUFFIX) for path in found if path.name.endswith(_SUFFIX)}
+    for path in found:
+        kept = named if notes else named | noted | {name + _SUFFIX for name in noted}
+        if path.name not in kept:
+            path.unlink()
 
 
 def file_checksum(path: Path) -> str:
@@ -144,9 +171,3 @@ def explain(problem: OSError, target: Path, needed: int | None) -> DataError:
         f"{target}: no space left. {size}{free / 1e6:.1f} MB are free here (or your quota is spent). "
         "Make room and repeat the command."
     )
-
-
-def remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Shards that no manifest names any more."""
-    for name in names:
-        (folder / name).unlink(missing_ok=True)

@@ -143,8 +143,7 @@ class ShardSet:
             if out is not None:
                 raise ValueError(f"{field!r} is ragged: its size is not known beforehand")
             return self._ragged(found, *self._entries(found.axis, numbers))
-        if out is None:
-            out = np.empty((len(numbers), *found.shape), dtype=found.numpy)
+        out = _checked(found, len(numbers), out)
         self._source(found).take(numbers, out)
         return out
 
@@ -176,8 +175,7 @@ class ShardSet:
             raise ValueError(f"{field!r} is ragged: use gather")
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"rows {start} to {stop} of a set of {len(self)}")
-        if out is None:
-            out = np.empty((stop - start, *found.shape), dtype=found.numpy)
+        out = _checked(found, stop - start, out)
         self._source(found).read(start, stop, out)
         return out
 
@@ -329,6 +327,18 @@ class ShardSet:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _checked(field: Field, rows: int, out: Array | None) -> Array:
+    """`out` if these rows fit it exactly, else ValueError; a new array for None."""
+    shape = (rows, *field.shape)
+    if out is None:
+        return np.empty(shape, dtype=field.numpy)
+    if out.shape != shape or out.dtype != field.numpy or not out.flags.c_contiguous:
+        raise ValueError(
+            f"out: expected C-contiguous {field.numpy} {shape}, found {out.dtype} {out.shape}"
+        )
+    return out
 
 
 def _access(path: Path, manifest: Manifest, backend: Backend, processes_on_node: int) -> Access:

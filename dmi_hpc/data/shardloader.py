@@ -16,9 +16,10 @@ from dmi_hpc.data.access import order_of
 from dmi_hpc.data.device import to_device
 from dmi_hpc.data.loader import Batch, Loader
 from dmi_hpc.data.manifest import SplitName, require_identity
+from dmi_hpc.data.permutation import Ids
 from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.reader import ShardSet
-from dmi_hpc.data.sampler import Ids, Order, Tail
+from dmi_hpc.data.sampler import Order, Tail
 from dmi_hpc.errors import DataError
 
 Transform = Callable[[Batch], Mapping[str, Any]]
@@ -34,9 +35,10 @@ class ShardLoader(IterableDataset[Tensors]):
                 step(batch["fractions"], batch["value"])
 
     Each pass over it is an epoch, in an order of its own; one that is left before its end is over.
-    The pass after load_state_dict is the rest of the epoch that the state was saved in. Keys: the fields; for each ragged axis
-    "_offsets.AXIS" (n + 1,), whose entries lie one after the other in the axis's fields; "_weights"
-    (n,), 1, or 0 where a row only pads a rank's share of the last batch; "_rows" (n,).
+    The pass after load_state_dict is the rest of the epoch that the state was saved in. Keys: the
+    fields; for each ragged axis "_offsets.AXIS" (n + 1,), whose entries lie one after the other in
+    the axis's fields; "_weights" (n,), 1, or 0 where a row only pads a rank's share of the last
+    batch; "_rows" (n,).
 
     fields: numeric fields of the set. split: or rows, (m,) int64 numbers of rows. batch_size: of all
     ranks together. shuffle: "auto" takes what suits the storage (`shards.access.reason` says why). rank,

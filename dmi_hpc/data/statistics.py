@@ -71,6 +71,8 @@ def _coarsened(histogram: Histogram, exponent: int) -> tuple[int, Array]:
 
 def _exponent(low: float, high: float) -> int:
     """The smallest whose bins cover [low, high] with at most BINS: a function of the range alone."""
+    if low == high == 0:
+        return _SMALLEST  # whatever is merged with it has bins as wide as its own
     magnitude = math.frexp(max(abs(low), abs(high)))[1]
     exponent = max(_SMALLEST, magnitude - _FINEST)
     if high > low:

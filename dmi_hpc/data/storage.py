@@ -28,6 +28,7 @@ _LOCAL = {
     *("overlay", "squashfs", "vfat", "exfat", "ntfs3"),
 }
 _MOUNTS = Path("/proc/self/mountinfo")
+_DEVICES = Path("/sys/dev/block")
 _CGROUP = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
 _MB = 2**20
@@ -111,7 +112,7 @@ def _rotational(mount: Mount) -> bool:
     if source.is_block_device():  # btrfs has a device number of its own
         raw = source.stat().st_rdev
         number = f"{raw >> 8 & 0xFFF}:{raw & 0xFF | raw >> 12 & ~0xFF}"
-    device = Path("/sys/dev/block", number)
+    device = _DEVICES / number
     for flag in (device / "queue/rotational", device.resolve().parent / "queue/rotational"):
         if flag.is_file():
             return flag.read_text().strip() == "1"

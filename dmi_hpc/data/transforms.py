@@ -92,8 +92,8 @@ class Cast:
 class Symmetry:
     """An element of the cube's group: axis i of the result is axis `axes[i]`, reversed if `flips[i]`."""
 
-    axes: tuple[int, int, int]
-    flips: tuple[bool, bool, bool]
+    axes: tuple[int, ...]
+    flips: tuple[bool, ...]
 
     @property
     def proper(self) -> bool:
@@ -145,6 +145,8 @@ class VoxelSymmetry:
         for name in self.fields:
             values = fields[name]
             _check_volumes(name, values, symmetries)
+            if self.shifts and values.shape[-3:] != fields[self.fields[0]].shape[-3:]:
+                raise DataError(f"field {name!r}: shifts need equally many voxels in all fields")
             operation, *shifts = _digits(
                 batch.bits(self.purpose), (len(symmetries), *values.shape[-3:])
             )

@@ -19,7 +19,7 @@ from dmi_hpc.data.manifest import (
     split_of,
     write_manifest,
 )
-from dmi_hpc.data.parts import Part, explain, make_part, manifest_of, remove_files
+from dmi_hpc.data.parts import Part, explain, make_part, manifest_of, remove_strays
 from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.shard import check_rows, concatenate
 from dmi_hpc.errors import DataError
@@ -52,15 +52,19 @@ class ShardWriter:
         self._rows = 0
 
     def __enter__(self) -> ShardWriter:
-        with writing(self.folder.parent):
-            self._held.enter_context(exclusive(self.folder, "build of a data set"))
-        remove_stale(self.folder)
-        old = read_manifest(self.folder) if (self.folder / MANIFEST).exists() else None
-        self._old = [shard.file for shard in old.shards] if old else []
-        generation = 0
-        while any(name.startswith(_prefix(generation)) for name in self._old):
-            generation += 1
-        self._prefix = _prefix(generation)
+        with ExitStack() as held:
+            with writing(self.folder.parent):
+                held.enter_context(exclusive(self.folder, "build of a data set"))
+            old = read_manifest(self.folder) if (self.folder / MANIFEST).exists() else None
+            names = [shard.file for shard in old.shards] if old else []
+            with writing(self.folder):
+                remove_stale(self.folder)
+                remove_strays(self.folder, notes=False)
+            generation = 0
+            while any(name.startswith(_prefix(generation)) for name in names):
+                generation += 1
+            self._prefix = _prefix(generation)
+            self._held = held.pop_all()
         return self
 
     def append(self, rows: Mapping[str, Array | Ragged]) -> None:
@@ -110,8 +114,7 @@ class ShardWriter:
                     self._commit()
                     committed = True
             finally:
-                new = {part.record.file for part in self._parts}
-                remove_files(self.folder, set(self._old) - new if committed else new)
+                remove_strays(self.folder, notes=committed)
 
     def _commit(self) -> None:
         if self._buffered:

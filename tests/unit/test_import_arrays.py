@@ -152,7 +152,7 @@ def test_files_that_are_no_arrays(tmp_path, name, raw, message):
 
 def test_objects_fortran_archives_and_torn_archives_are_refused(tmp_path):
     np.save(tmp_path / "o.npy", np.array([{}, {}]), allow_pickle=True)
-    with pytest.raises(DataError, match="not a readable .npy"):
+    with pytest.raises(DataError, match=r"not a readable \.npy"):
         run(tmp_path, "o.npy")
     np.save(tmp_path / "c.npy", np.ones(3, dtype=complex))
     with pytest.raises(DataError, match=r"c \(complex128, \(3,\)\) cannot be imported"):

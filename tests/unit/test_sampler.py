@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmi_hpc.data.sampler import Batches, Order, Permutation, rank_slice, round_keys
+from dmi_hpc.data.permutation import Permutation, round_keys
+from dmi_hpc.data.sampler import Batches, Order, rank_slice
 from dmi_hpc.errors import DataError
 
 SEEDS = st.integers(0, 2**40)
@@ -239,7 +240,7 @@ def test_parts_refuse_another_batch_size_in_mid_epoch():
     order = Order(0, 1000, parts=4, batch_size=16)
     for position, batch_size in ((0, 32), (1000, 32), (160, 16)):
         order.check_resume(position, batch_size)
-    with pytest.raises(DataError, match="batches of 32, which cannot become 16 at position 160"):
+    with pytest.raises(DataError, match="batches of 16, which cannot become 32 at position 160"):
         order.check_resume(160, 32)
     Order(0, 1000, batch_size=16).check_resume(160, 32)
 

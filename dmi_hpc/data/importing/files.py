@@ -35,6 +35,7 @@ _SUFFIXES: dict[str, str] = {
     ".extxyz": "extxyz",
     ".xyz": "extxyz",
     ".json": "json",
+    ".jsonl": "json",
 }
 _KINDS: dict[str, tuple[Kind, ...]] = {  # the first is meant unless --as says another
     "csv": ("table", "composition"),
@@ -157,7 +158,11 @@ def provenance_of(files: Sequence[Path], root: Path | None) -> list[JsonValue]:
     """Names and checksums; of many files one checksum over all names and checksums."""
     with ThreadPoolExecutor(8) as pool:
         sums = list(pool.map(file_checksum, files))
-    names = [f.relative_to(root).as_posix() if root else f.name for f in files]
+    inside = [root is not None and f.is_relative_to(root) for f in files]
+    names = [
+        f.relative_to(root or "").as_posix() if within else f.name
+        for f, within in zip(files, inside, strict=True)
+    ]
     if len(files) <= _NAMED:
         return [{"name": n, "xxh3": s} for n, s in zip(names, sums, strict=True)]
     lines = sorted(f"{name} {checksum}\n" for name, checksum in zip(names, sums, strict=True))

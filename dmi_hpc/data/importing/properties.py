@@ -22,40 +22,49 @@ Row = Mapping[str, str] | None  # a row of the labels
 
 @dataclass(frozen=True)
 class Kind:
-    """Of a property: type (b, i, f, S, or ? for anything else) and shape; None if they differ."""
+    """What the values of a property are: how often which type (b, i, f, S, ? for others) and shape."""
 
-    type: str
-    shape: tuple[int, ...] | None
-    longest: int = 1
-    count: int = 1
+    tally: Mapping[tuple[str, tuple[int, ...]], int]
+    longest: int = 1  # bytes of text
 
     @classmethod
     def of(cls, value: Any, *, entries: bool = False) -> Kind:
         if isinstance(value, str):
-            return cls("S", (), max(1, len(value.encode())))
+            return cls({("S", ()): 1}, max(1, len(value.encode())))
         try:
             array = np.asarray(value)
         except ValueError:
-            return cls("?", None)
+            return cls({("?", ()): 1})
         kind = {"u": "i"}.get(array.dtype.kind, array.dtype.kind)
-        empty = array.size == 0 and not entries
-        if kind not in "bif" or empty:
-            return cls("?", None)
-        return cls(kind, array.shape[1:] if entries else array.shape)
+        if kind not in "bif" or (array.size == 0 and not entries):
+            return cls({("?", ()): 1})
+        return cls({(kind, array.shape[1:] if entries else array.shape): 1})
 
     def __or__(self, other: Kind) -> Kind:
-        numbers = {"b", "i", "f"}
-        if self.type == other.type:
-            type_ = self.type
-        else:
-            type_ = max(self.type, other.type, key="bif".find) if {
-                self.type, other.type} <= numbers else "?"  # fmt: skip
-        shape = self.shape if self.shape == other.shape else None
-        count = self.count + other.count
-        return Kind(type_, shape, max(self.longest, other.longest), count)
+        tally = dict(self.tally)
+        for key, count in other.tally.items():
+            tally[key] = tally.get(key, 0) + count
+        return Kind(tally, max(self.longest, other.longest))
+
+    @property
+    def count(self) -> int:
+        return sum(self.tally.values())
+
+    @property
+    def common(self) -> tuple[str, tuple[int, ...], int] | None:
+        """Type, shape and number of those that most values are of; None if nothing storable."""
+        groups: dict[tuple[bool, tuple[int, ...]], dict[str, int]] = {}
+        for (kind, shape), count in self.tally.items():
+            if kind != "?":
+                groups.setdefault((kind == "S", shape), {})[kind] = count
+        if not groups:
+            return None
+        (_, shape), types = max(groups.items(), key=lambda group: sum(group[1].values()))
+        return max(types, key="bifS".find), shape, sum(types.values())
 
     def dtype(self, floats: str) -> str:
-        return {"b": "uint8", "i": "int64", "f": floats}.get(self.type, f"S{self.longest}")
+        kind = self.common[0] if self.common else "?"
+        return {"b": "uint8", "i": "int64", "f": floats}.get(kind, f"S{self.longest}")
 
 
 @dataclass(frozen=True)
@@ -123,10 +132,9 @@ class Properties:
                     f"--field {spec.name}: no structure has a property {spec.origin!r}; found "
                     f"{', '.join(names) or 'none'}"
                 )
-            if kind.type == "?" or kind.shape is None:
+            if kind.common is None:
                 raise DataError(
-                    f"--field {spec.name}: {spec.origin!r} is neither a number nor text nor an array "
-                    "of the same shape in all structures"
+                    f"--field {spec.name}: {spec.origin!r} is neither numbers nor text in any structure"
                 )
             self.chosen.append(_Property(spec.origin, self._field(spec, kind)))
         if not self.asked:
@@ -137,8 +145,8 @@ class Properties:
         for source, kind in both.items():
             name = field_name(source)
             reason = ""
-            if kind.type == "?" or kind.shape is None:
-                reason = "neither a number nor text nor an array of one shape"
+            if kind.common is None or kind.common[2] < kind.count:
+                reason = "not of the same type and shape in all structures"
             elif kind.count < self.found.structures:
                 reason = f"in {kind.count} of {self.found.structures} structures"
             elif not name or name in taken:
@@ -155,7 +163,7 @@ class Properties:
         return Field(
             name=spec.name,
             dtype=spec.dtype or kind.dtype(self.floats),
-            shape=kind.shape or (),
+            shape=kind.common[1] if kind.common else (),
             unit=spec.unit,
             description=spec.description or f"property {source!r}",
             axis="atom" if per_atom else None,

@@ -1,4 +1,4 @@
-"""A shard set with every kind of field, for tests of the tools around a set."""
+"""A small shard set with every kind of field, for tests of the tools around a set."""
 
 from __future__ import annotations
 
