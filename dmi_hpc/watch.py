@@ -91,6 +91,8 @@ def stop_on_signals() -> Iterator[StopFlag]:
         for number, handler in old.items():
             signal.signal(number, handler)
 
+_WAITING = 0.05  # share of the time above which a user should hear of it
+
 
 class TrainingWatch:
     """Observer of one training: rank 0 shows and writes, every rank heeds the stop flag."""
@@ -134,6 +136,8 @@ class TrainingWatch:
             f"validation MAE {epoch.validation_mae:.4g} {self._unit} (best {self._best:.4g})"
             f"  {epoch.samples_per_s:,.0f} samples/s"
         )
+        if epoch.data_wait > _WAITING:
+            note += f"  waiting for data {epoch.data_wait:.0%} of the time"
         self._bar.update(self._line, completed=epoch.epoch + 1, note=note)
         if not self._out.is_terminal and (epoch.epoch + 1) % max(1, self._epochs // 10) == 0:
             self._out.print(f"epoch {epoch.epoch + 1}/{self._epochs}  {note}")

@@ -99,10 +99,9 @@ class _Row:
     def __init__(self, source: Path) -> None:
         self.source = source
 
-    def __call__(self, row: int) -> dict[str, Any]:
-        import torch
-
-        return {"x": torch.from_numpy(np.array(np.load(self.source, mmap_mode="r")[row]))}
+    def __call__(self, row: int) -> Array:
+        # an array is read 3 to 10 times as fast as a tensor or a dictionary of them
+        return np.array(np.load(self.source, mmap_mode="r")[row])
 
 
 def write_litdata(source: Array, folder: Path) -> None:
@@ -224,7 +223,7 @@ class Stream:
                     break
             started, counted = time.perf_counter(), 0
             for batch in self.batches:
-                counted += self._size(batch)
+                counted += self.size(batch)
                 if spent + time.perf_counter() - started >= seconds:
                     break
             else:
@@ -233,7 +232,7 @@ class Stream:
             spent += time.perf_counter() - started if counted else 0.0
         return samples / spent
 
-    def _size(self, batch: Any) -> int:
+    def size(self, batch: Any) -> int:
         if hasattr(batch, "num_graphs"):
             return int(batch.num_graphs)
         values = batch["x"] if isinstance(batch, dict) else batch
@@ -274,10 +273,7 @@ class Server:
     def count(self, workers: int) -> int:
         """Samples of one whole epoch."""
         stream = self.streams[workers]
-        return sum(stream._size(batch) for batch in stream.loader)
-
-    def stop(self, workers: int) -> None:
-        del self.streams[workers]
+        return sum(stream.size(batch) for batch in stream.loader)
 
 
 def main() -> None:

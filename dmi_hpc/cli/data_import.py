@@ -160,8 +160,8 @@ def _show(report: ImportReport, path: Path) -> None:
         out.print(f"... and {report.skipped - _SHOWN} more bad records: {path}", markup=False)
     for group in report.duplicates[:5]:
         out.print(f"one row of the lines of {group}", markup=False)
-    if len(report.duplicates) > 5:
-        out.print(f"... and {len(report.duplicates) - 5} more compositions: {path}", markup=False)
+    if report.repeated > 5:
+        out.print(f"... and {report.repeated - 5} more compositions: {path}", markup=False)
     for note in report.notes:
         out.print(f"note: {note}", markup=False)
 

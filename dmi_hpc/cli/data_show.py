@@ -41,7 +41,8 @@ def info_lines(
     shards = f"{len(rows)} shard{'s' if len(rows) > 1 else ''} of {each} rows"
     lines = [
         f"{path}: {_clean(plan.task)}, {manifest.rows:,} rows",
-        f"{shards}, {size_text(manifest.bytes)}, {how}, blocks of {_block_text(plan.block_bytes)}",
+        f"{shards}, blocks of {_block_text(plan.block_bytes)}",
+        f"{size_text(manifest.bytes)}, {how}",
         f"identity {manifest.identity}",
         "",
         *_split_lines(manifest),

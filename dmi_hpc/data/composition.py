@@ -6,6 +6,7 @@ the formula as written, and the file and line it came from.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,14 @@ from dmi_hpc.data.elements import (
 )
 from dmi_hpc.data.importing.csvs import CsvFiles, Lines
 from dmi_hpc.data.importing.options import ImportOptions
-from dmi_hpc.data.importing.records import BadRecord, Batch, Chunk, PlainSource, listed
+from dmi_hpc.data.importing.records import (
+    LISTED,
+    BadRecord,
+    Batch,
+    Chunk,
+    PlainSource,
+    listed,
+)
 from dmi_hpc.data.importing.rows import Splits
 from dmi_hpc.data.importing.values import finite_float
 from dmi_hpc.data.manifest import SPLIT, Field
@@ -173,15 +181,14 @@ class Compositions(PlainSource):
     def _merged(self, whole: dict[str, Array], by_key: dict[str, list[int]]) -> Iterator[Batch]:
         """One row for each composition, in order of its first line."""
         values, several = whole["value"], {k: rows for k, rows in by_key.items() if len(rows) > 1}
-        self.duplicates = [
-            f"{key}: "
-            + ", ".join(f"{self.files[whole['file'][i]]}:{whole['line'][i]}" for i in rows)
-            for key, rows in several.items()
-        ]
+        self.repeated = len(several)
+        for key, rows in itertools.islice(several.items(), LISTED):
+            places = (f"{self.files[whole['file'][i]]}:{whole['line'][i]}" for i in rows)
+            self.duplicates.append(f"{key}: {', '.join(places)}")
         if self.options.duplicates == "error" and several:
             raise DataError(
                 f"{len(several)} compositions occur more than once (choose keep, mean or lowest):"
-                + listed(self.duplicates)
+                + listed(self.duplicates, len(several))
             )
         chosen = {key: rows[0] for key, rows in by_key.items()}
         for key, rows in several.items():

@@ -10,11 +10,12 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import xxhash
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     JsonValue,
@@ -41,6 +42,15 @@ _NAME = r"^[A-Za-z][A-Za-z0-9_]*$"
 _HASH = r"^[0-9a-f]{16}$"
 _DTYPE = re.compile(r"[<>=|]?(?!a\d)[A-Za-z]+\d{0,7}", re.ASCII)
 _MOST: Final = 2**62  # of any number of rows, entries or bytes: int64 can add them
+
+
+def _unicode(value: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+    """Names of files may have bytes that no JSON can; UnicodeEncodeError is a ValueError."""
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+_Free = Annotated[Mapping[str, JsonValue], AfterValidator(_unicode)]
 
 
 class _Plain(BaseModel):
@@ -181,7 +191,7 @@ class BuildPlan(_Plain):
         2**20, ge=PAGE, le=2**30, description="unit of checksum and cold read"
     )
     compression: Compression | None = None
-    provenance: Mapping[str, JsonValue] = Option({}, description="origin and options; no dates")
+    provenance: _Free = Option({}, description="origin and options; no dates")
 
     @field_validator("fields")
     @classmethod
@@ -269,7 +279,7 @@ class Manifest(_Plain):
     rows: int = Option(ge=1, le=_MOST)
     split_rows: Mapping[SplitName, int]
     statistics: Mapping[str, Statistics] = Option(description="by field; empty without train rows")
-    made_with: Mapping[str, JsonValue] = Option({}, description="command, versions; not identity")
+    made_with: _Free = Option({}, description="command, versions; not identity")
     shards: tuple[ShardRecord, ...] = Option(min_length=1)
 
     @model_validator(mode="after")
@@ -376,10 +386,6 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         return Manifest.model_validate(raw)
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{path}: text that is not Unicode ({error}). Build the set again."
-        ) from None
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()[:5]

@@ -66,7 +66,9 @@ def map_pieces(
         starts.append(end)
         end += -(-piece.length * entry // step) * step
     if end == 0:
-        return np.empty((0, *shape), dtype=dtype), [0 for _ in pieces]
+        nothing: Array = np.empty((0, *shape), dtype=dtype)
+        nothing.flags.writeable = False
+        return nothing, [0 for _ in pieces]
     base = _reserve(end, pieces[0].path)
     memory = (ctypes.c_ubyte * end).from_address(base)
     release = weakref.finalize(memory, _libc().munmap, base, end)  # also if a piece below fails

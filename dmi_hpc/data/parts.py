@@ -154,8 +154,9 @@ def _made_with() -> dict[str, JsonValue]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("numpy", "h5py")},
     }
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command.encode(errors="backslashreplace").decode(),  # any bytes name a file
         "versions": versions,
         "source": source.hexdigest(),
     }

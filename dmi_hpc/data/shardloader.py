@@ -22,6 +22,12 @@ from dmi_hpc.data.reader import ShardSet
 from dmi_hpc.data.sampler import Order, Tail
 from dmi_hpc.errors import DataError
 
+_ONE_PROCESS = (
+    "a ShardLoader works in the process that has made it, with threads of its own: a copy in another "
+    "would read every batch once more. Of a DataLoader: DataLoader(loader, batch_size=None, "
+    "num_workers=0); elsewhere, make it there"
+)
+
 Transform = Callable[[Batch], Mapping[str, Any]]
 Tensors = dict[str, Tensor]
 
@@ -120,10 +126,7 @@ class ShardLoader(IterableDataset[Tensors]):
     def __iter__(self) -> Iterator[Tensors]:
         """One epoch, or what a loaded state has left of it."""
         if get_worker_info() is not None:
-            raise DataError(
-                "a ShardLoader in a DataLoader worker: each worker would read every batch. It reads "
-                "with threads of its own: DataLoader(loader, batch_size=None, num_workers=0)"
-            )
+            raise DataError(_ONE_PROCESS)
         if self._begun:
             self.set_epoch(self.epoch + 1)
         self._begun, epoch = True, self.epoch
@@ -153,6 +156,9 @@ class ShardLoader(IterableDataset[Tensors]):
         require_identity(state["data"], self.shards.manifest.identity, maker="loader state")
         self._loader.continue_with(Order(**state["order"]), state["position"])
         self.epoch, self.position, self._begun = state["epoch"], state["position"], False
+
+    def __getstate__(self) -> object:
+        raise DataError(_ONE_PROCESS)
 
     def _tensors(self, batch: Batch) -> tuple[int, Tensors]:
         fields = self._transform(batch) if self._transform is not None else batch.fields

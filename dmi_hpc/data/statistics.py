@@ -83,7 +83,17 @@ def _exponent(low: float, high: float) -> int:
 
 
 def _bin(value: float, exponent: int) -> int:
-    return math.floor(math.ldexp(value, -exponent))
+    scaled = math.ldexp(value, -exponent)
+    return -1 if value < 0 and scaled == 0 else math.floor(scaled)  # it may underflow
+
+
+def _bins(values: Array, exponent: int) -> Array:
+    """(n,) float64 whole numbers: the bin of each value."""
+    scaled = np.ldexp(values, -exponent)
+    bins = np.floor(scaled)
+    if exponent > 0:  # it may underflow
+        bins -= (values < 0) & (scaled == 0)
+    return np.asarray(bins)
 
 
 class Statistics(BaseModel):
@@ -126,7 +136,8 @@ class Moments:
         squares = 0.0
         for piece in _pieces(flat, power):
             squares += float(np.square(piece - mean).sum())
-            bins = (np.floor(np.ldexp(piece, power - exponent)) - first).astype(np.int64)
+        for piece in _pieces(flat, 0):
+            bins = (_bins(piece, exponent) - first).astype(np.int64)
             counts += np.bincount(bins, minlength=len(counts))
         mean, std = (math.ldexp(x, power) for x in (mean, math.sqrt(squares / flat.size)))
         if low == high:  # no rounding in what users divide by
@@ -147,7 +158,7 @@ class Moments:
         mean = float((found * times).sum() / flat.size)
         std = math.sqrt(float((np.square(found - mean) * times).sum()) / flat.size)
         exponent = _exponent(found[0], found[-1])
-        bins = np.floor(np.ldexp(found, -exponent)).astype(np.int64)
+        bins = _bins(found, exponent).astype(np.int64)
         counts = np.bincount(bins - bins[0], weights=times).astype(np.int64)
         histogram = Histogram(exponent=exponent, first=int(bins[0]), counts=tuple(counts.tolist()))
         return cls(flat.size, mean, std, float(found[0]), float(found[-1]), histogram)

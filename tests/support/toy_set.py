@@ -14,7 +14,13 @@ FIELDS = (
     Field(name="formula", dtype="S8", unit="", description="as written"),
     Field(name="z", dtype="uint8", unit="", description="atomic numbers", axis="node"),
     Field(
-        name="edge", dtype="int32", shape=(2,), unit="", description="pairs", axis="edge", refers="node"
+        name="edge",
+        dtype="int32",
+        shape=(2,),
+        unit="",
+        description="pairs",
+        axis="edge",
+        refers="node",
     ),
 )
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -84,7 +85,7 @@ def test_a_damaged_block_is_named_and_mended(pair, array):
 
 
 def test_rows_of_a_damaged_block_are_named(tmp_path):
-    manifest, rows = toy_set(tmp_path / "set", rows=900, rows_per_shard=900)
+    manifest, _ = toy_set(tmp_path / "set", rows=900, rows_per_shard=900)
     per_block = 4096 // 20
     offset, _ = block(tmp_path / "set", manifest, 0, "x", 2)
     flip(tmp_path / "set" / manifest.shards[0].file, offset)
@@ -258,11 +259,11 @@ def test_two_repairs_at_once_are_refused(pair):
 
 def test_a_disk_that_cannot_be_read_is_damage(pair, monkeypatch):
     folder, copy, manifest = pair
-    offset, size = block(folder, manifest, 1, "x", 0)
+    offset, _ = block(folder, manifest, 1, "x", 0)
     path, pread = folder / manifest.shards[1].file, os.pread
 
     def failing(handle, count, start):
-        if start == offset and os.readlink(f"/proc/self/fd/{handle}") == str(path):
+        if start == offset and Path(f"/proc/self/fd/{handle}").readlink() == path:
             raise OSError(errno.EIO, "Input/output error")
         return pread(handle, count, start)
 

@@ -218,7 +218,7 @@ def test_bad_json(tmp_path):
     assert reasons["[1]"] == "expected one structure in the object, found 0"
     assert "without volume" in reasons["[2]"]
     assert reasons["[3]"] == "expected an object, found int"
-    assert "not a readable structure" in reasons["[4]"]
+    assert reasons["[4]"] == "atoms of no known element"
     assert reasons["[5]"] == "e: expected numbers (), found 'high'"
     assert reasons["[6]"] == "e: expected finite values, found nan"
     path.write_text("[{]")

@@ -56,10 +56,11 @@ def test_every_backend_gives_what_was_written(
     made = make_set(folder, rows, rows_per_shard, codec, atoms=atoms)
     asked = np.array(data.draw(st.lists(st.integers(0, rows - 1), max_size=60)), dtype=np.int64)
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, rows)] * 2)))
+    with ShardSet.open(folder) as shards:
+        n = numbers(shards)
+    assert sorted(n) == list(range(rows))
     for backend, options in ways(codec):
         with opened(folder, backend, **options) as shards:
-            n = numbers(shards)
-            assert sorted(n) == list(range(rows))
             together = shards.fields(NAMES, asked)
             for name in NAMES:
                 expected = pick(made[name], n[asked])

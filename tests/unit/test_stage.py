@@ -23,6 +23,7 @@ from dmi_hpc.data.reader import ShardSet
 from dmi_hpc.data.sampler import Order
 from dmi_hpc.data.stage import Staging, find_staged, part_shards, remove, stage, staged
 from dmi_hpc.data.stage_home import home_of, lock_file
+from dmi_hpc.data.storage import Storage
 from dmi_hpc.errors import CorruptShardError, DataError
 
 LIMIT_S = 30
@@ -57,7 +58,8 @@ def same_rows(a, b):
     with ShardSet.open(a) as first, ShardSet.open(b) as second:
         rows = np.arange(len(first))
         return all(
-            np.array_equal(first.gather(name, rows), second.gather(name, rows)) for name in ("x", "y")
+            np.array_equal(first.gather(name, rows), second.gather(name, rows))
+            for name in ("x", "y")
         )
 
 
@@ -347,18 +349,10 @@ def test_no_room_is_said_before_anything_is_copied(source, to, monkeypatch):
 
 
 def test_memory_of_the_job_limits_copies_in_memory(source, to, monkeypatch):
-    monkeypatch.setattr(
-        stage_module, "storage_of", lambda path: stage_module_storage("memory", "tmpfs")
-    )
+    monkeypatch.setattr(stage_module, "storage_of", lambda path: Storage("memory", "tmpfs"))
     monkeypatch.setattr(stage_module, "free_memory", lambda: 2000)
     with pytest.raises(DataError, match="2 kB free memory of this node or job"):
         stage(source, Staging(to))
-
-
-def stage_module_storage(tier, kind):
-    from dmi_hpc.data.storage import Storage
-
-    return Storage(tier, kind)
 
 
 def test_a_disk_that_fills_while_copying_keeps_nothing(source, to, monkeypatch):
@@ -433,7 +427,7 @@ def test_a_read_only_folder_is_a_clear_error(source, to, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(Path, "mkdir", refuse)  # root may write anywhere: modes prove nothing
-    with pytest.raises(DataError, match="cannot stage in .*Read-only file system"):
+    with pytest.raises(DataError, match=r"cannot stage in .*Read-only file system"):
         stage(source, Staging(to))
 
 
@@ -441,6 +435,7 @@ def test_a_file_system_without_locks_is_a_clear_error(source, to, monkeypatch):
     def refuse(handle, kind):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(DataError, match="has no locks"):
-        stage(source, Staging(to))
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        with pytest.raises(DataError, match="has no locks"):
+            stage(source, Staging(to))

@@ -61,7 +61,10 @@ def test_the_deepest_and_last_mount_counts(path, kind):
     [
         ("memory", "tmpfs ramfs"),
         ("local", "ext4 xfs btrfs overlay zfs"),
-        ("shared", "lustre gpfs nfs nfs4 cifs beegfs ceph fuse.sshfs pvfs2 wekafs fuse.daos 9p new"),
+        (
+            "shared",
+            "lustre gpfs nfs nfs4 cifs beegfs ceph fuse.sshfs pvfs2 wekafs fuse.daos 9p new",
+        ),
     ],
 )
 def test_tiers(tier, kinds):

@@ -2,140 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from dmi_hpc.data.hdf5 import describe_datasets, read_dataset
 from dmi_hpc.data.importing.options import AxisSpec, FieldSpec, ImportOptions, field_name
 from dmi_hpc.data.importing.records import Batch, Chunk, PlainSource
 from dmi_hpc.data.importing.rows import Splits, good_rows, with_split
+from dmi_hpc.data.importing.stores import Shapes, Store, located, overview, stores_of
 from dmi_hpc.data.importing.values import Problems, from_array
 from dmi_hpc.data.manifest import SPLIT, Field
 from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.errors import DataError
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 _CHUNK_BYTES = 2**23
-
-
-class Store(Protocol):
-    """Named arrays of one file (or, for .npy, of several)."""
-
-    def shapes(self) -> Shapes: ...
-    def read(self, name: str, start: int, stop: int) -> Array:
-        """Entries start to stop along the first axis."""
-
-
-class NpyStore:
-    """One array a file, mapped into memory, named as the file."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        names = [file.stem for file in files]
-        if len(set(names)) < len(names):
-            raise DataError(f"expected .npy files of different names, found {', '.join(names)}")
-        self.arrays = {name: _mapped(file) for name, file in zip(names, files, strict=True)}
-
-    def shapes(self) -> Shapes:
-        return {name: (array.shape, array.dtype) for name, array in self.arrays.items()}
-
-    def read(self, name: str, start: int, stop: int) -> Array:
-        return np.array(self.arrays[name][start:stop])
-
-
-def _mapped(file: Path) -> Array:
-    try:
-        return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{file}: not a readable .npy file: {error}") from None
-
-
-class NpzStore:
-    """Arrays of an archive, read as streams: compressed ones are never whole in memory."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        try:
-            self.archive = zipfile.ZipFile(file)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"{file}: not a readable .npz file: {error}") from None
-        names = [n.removesuffix(".npy") for n in self.archive.namelist() if n.endswith(".npy")]
-        self.streams: dict[str, tuple[IO[bytes], int]] = {}  # array -> (stream, next entry)
-        self.heads = {name: self._open(name) for name in names}
-
-    def _open(self, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-        """Shape, whether in Fortran order, dtype; the stream then stands at the first entry."""
-        try:
-            stream = self.archive.open(f"{name}.npy")
-            version = np.lib.format.read_magic(stream)
-            reader = {1: np.lib.format.read_array_header_1_0}.get(
-                version[0], np.lib.format.read_array_header_2_0
-            )
-            shape, fortran, dtype = reader(stream)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise DataError(f"{self.file}: array {name!r} is not readable: {error}") from None
-        self.streams[name] = stream, 0
-        return shape, fortran, dtype
-
-    def shapes(self) -> Shapes:
-        return {name: (shape, dtype) for name, (shape, _, dtype) in self.heads.items()}
-
-    def read(self, name: str, start: int, stop: int) -> Array:
-        shape, fortran, dtype = self.heads[name]
-        if fortran and len(shape) > 1:
-            raise DataError(
-                f"{self.file}: array {name!r} is in Fortran order, which cannot be read row by row. "
-                "Save it with numpy.ascontiguousarray."
-            )
-        if self.streams[name][1] > start:
-            self._open(name)
-        stream, at = self.streams[name]
-        size = dtype.itemsize * math.prod(shape[1:])
-        try:
-            _skip(stream, (start - at) * size)
-            raw = stream.read((stop - start) * size)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(f"{self.file}: array {name!r} is damaged: {error}") from None
-        if len(raw) != (stop - start) * size:
-            raise DataError(f"{self.file}: array {name!r} ends before its shape says")
-        self.streams[name] = stream, stop
-        return np.frombuffer(raw, dtype).reshape(stop - start, *shape[1:])
-
-
-def _skip(stream: IO[bytes], count: int) -> None:
-    while count > 0:
-        count -= len(stream.read(min(count, _CHUNK_BYTES))) or count
-
-
-class H5Store:
-    """Datasets of an HDF5 file, by their paths."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.found = describe_datasets(file)
-
-    def shapes(self) -> Shapes:
-        return self.found
-
-    def read(self, name: str, start: int, stop: int) -> Array:
-        try:
-            return read_dataset(self.file, name, start, stop)
-        except OSError as error:
-            raise DataError(f"{self.file}: {name}: cannot be read: {error}") from None
-
-
-def stores_of(files: Sequence[Path], suffix: str) -> list[Store]:
-    """.npy files are columns of one table; .npz and HDF5 files hold rows one after the other."""
-    if suffix == "npy":
-        return [NpyStore(files)]
-    return [NpzStore(file) if suffix == "npz" else H5Store(file) for file in files]
 
 
 class ArraySource(PlainSource):
@@ -156,7 +40,7 @@ class ArraySource(PlainSource):
         for name, store in zip(self.names, self.stores, strict=True):
             self._check(name, store.shapes())
         decides = options.split_column or options.group_column
-        self.decides = _located_name(self.names[0], decides, shapes) if decides else None
+        self.decides = located(self.names[0], decides, shapes) if decides else None
         self.splits = Splits(options, options.split_column)
         if decides:
             self.key = self.splits.rule.key or f"text of {decides!r}"
@@ -174,7 +58,7 @@ class ArraySource(PlainSource):
         first = self.stores[0].shapes()
         for spec in self.sources:
             if spec.origin not in shapes:
-                raise DataError(f"{name}: no array {spec.origin!r}{_overview(shapes)}")
+                raise DataError(f"{name}: no array {spec.origin!r}{overview(shapes)}")
             shape, dtype = shapes[spec.origin]
             if not shape or dtype.kind not in "biufSUO" or dtype.itemsize > 2**20:
                 raise DataError(
@@ -200,7 +84,7 @@ class ArraySource(PlainSource):
         for axis in self.axes.values():
             source = axis.lengths or axis.offsets or ""
             if source not in shapes:
-                raise DataError(f"{name}: axis {axis.name}: no array {source!r}{_overview(shapes)}")
+                raise DataError(f"{name}: axis {axis.name}: no array {source!r}{overview(shapes)}")
             lengths[source] = shapes[source][0][0] - (axis.offsets is not None)
         if self.decides is not None:
             lengths[self.decides] = shapes[self.decides][0][0]
@@ -324,14 +208,14 @@ def _wanted(file: str, shapes: Shapes, options: ImportOptions) -> list[FieldSpec
     if options.fields:
         specs = []
         for spec in options.fields:
-            found = _located_name(file, spec.origin, shapes)
+            found = located(file, spec.origin, shapes)
             specs.append(spec.model_copy(update={"source": found}))
         return specs
     names = [field_name(PurePosixPath(source).name) for source in shapes]
     if len({shape[:1] for shape, _ in shapes.values()}) > 1 or len(set(names)) < len(names):
         raise DataError(
             f"{file}: which arrays are fields? Say --field NAME for each, or describe them in a "
-            f"--map FILE (docs/importing.md){_overview(shapes)}"
+            f"--map FILE (docs/importing.md){overview(shapes)}"
         )
     for name in names:
         if not name or name == SPLIT.name:
@@ -342,28 +226,7 @@ def _wanted(file: str, shapes: Shapes, options: ImportOptions) -> list[FieldSpec
 def _located(file: str, axis: AxisSpec, shapes: Shapes) -> AxisSpec:
     key = "lengths" if axis.lengths is not None else "offsets"
     source = axis.lengths or axis.offsets or ""
-    return axis.model_copy(update={key: _located_name(file, source, shapes)})
-
-
-def _located_name(file: str, name: str, shapes: Shapes) -> str:
-    found = _find(name, shapes)
-    if found is None:
-        raise DataError(f"{file}: no array {name!r}{_overview(shapes)}")
-    return found
-
-
-def _find(name: str, shapes: Shapes) -> str | None:
-    """A dataset by its path, or by its last part where only one ends so."""
-    if name in shapes:
-        return name
-    ends = [path for path in shapes if path == f"/{name}" or path.endswith(f"/{name}")]
-    return f"/{name}" if f"/{name}" in ends else ends[0] if len(ends) == 1 else None
-
-
-def _overview(shapes: Shapes) -> str:
-    lines = [f"\n  {name}: {dtype} {shape}" for name, (shape, dtype) in shapes.items()]
-    more = f"\n  ... and {len(lines) - 30} more" if len(lines) > 30 else ""
-    return "; found:" + "".join(lines[:30]) + more
+    return axis.model_copy(update={key: located(file, source, shapes)})
 
 
 def _encoded(item: Any) -> bytes:

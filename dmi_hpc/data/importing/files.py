@@ -127,10 +127,11 @@ def _in_folder(folder: Path, options: ImportOptions) -> list[tuple[Path, str]]:
     for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix()):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         name = format_of(path)
-        if name is None or hidden or not path.is_file():
+        if options.format is not None and name is None:
+            name = options.format  # said of files whose names say nothing
+        if name is None or hidden or not path.is_file() or options.format not in (None, name):
             continue
-        if options.format in (None, name):
-            found.append((path, name))
+        found.append((path, name))
     others = [item for item in found if item[1] not in ("csv", "tsv")]
     if not found:
         raise DataError(f"{folder}: no files of a known format in it: {', '.join(_KINDS)}")

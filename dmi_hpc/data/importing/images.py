@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from dmi_hpc.errors import DataError
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _PER_CHUNK = 8
+_MOST_PIXELS = 2**31  # of a TIFF; Pillow has a limit of its own
 _TYPES = ("uint8", "uint16", "float32")
 SPLIT_FOLDERS = ("train", "training", "validation", "val", "valid", "test", "testing")
 _MODES = {"1": "L", "P": "RGB", "PA": "RGBA"}  # of images; masks keep the numbers of a palette
@@ -251,6 +255,12 @@ class _Masks:
         return None
 
 
+_UNREADABLE = (
+    OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError,
+    EOFError, RuntimeError, struct.error, zlib.error,
+)  # fmt: skip
+
+
 def read_image(file: Path, *, palette: bool = False) -> Array:
     """(channels, height, width) uint8, uint16 or float32. palette: numbers instead of colours.
 
@@ -261,7 +271,7 @@ def read_image(file: Path, *, palette: bool = False) -> Array:
             warnings.simplefilter("ignore")
             tiff = file.suffix.lower() in (".tif", ".tiff")
             found = _read_tiff(file) if tiff else _read_png(file, palette)
-    except (OSError, ValueError, SyntaxError, KeyError, IndexError) as error:
+    except _UNREADABLE as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"not a readable image: {error}") from None
@@ -297,6 +307,8 @@ def _read_tiff(file: Path) -> Array:
     with tifffile.TiffFile(file) as tiff:
         if len(tiff.series) != 1:
             raise DataError(f"holds {len(tiff.series)} series of images, expected one")
+        if math.prod(tiff.series[0].shape) > _MOST_PIXELS:
+            raise DataError(f"declares {tiff.series[0].shape} pixels: too many, or damaged")
         pixels, axes = np.asarray(tiff.series[0].asarray()), tiff.series[0].axes
     if pixels.ndim == 3 and axes.endswith("S"):
         return np.moveaxis(pixels, -1, 0)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic import Field as Option
 
-from dmi_hpc.data.manifest import Compression, Field
+from dmi_hpc.data.manifest import SPLIT, Compression, Field
 from dmi_hpc.errors import DataError
 
 Kind = Literal["composition", "table", "array", "hdf5", "image", "structure"]
@@ -101,6 +101,11 @@ class ImportOptions(_Plain):
             raise ValueError(
                 f"validation + test is {self.validation + self.test:g}, expected less than 1: the "
                 "rest is for training"
+            )
+        names = [spec.name for spec in self.fields]
+        if len(set(names)) < len(names) or SPLIT.name in names:
+            raise ValueError(
+                f"fields: expected distinct names and none called split, found {names}"
             )
         if isinstance(self.processes, int) and self.processes < 1:
             raise ValueError(f"processes: expected at least 1, found {self.processes}")

@@ -193,7 +193,7 @@ def _of_whole(field: Field, source: str, crystals: Sequence[Crystal]) -> tuple[A
     if not field.numeric:
         texts = [str(crystal.properties.get(source, "")) for crystal in crystals]
         return from_texts(field, texts)
-    values = np.zeros((len(crystals), *field.shape), dtype=_wide(field))
+    values = np.zeros((len(crystals), *field.shape), dtype=field.numpy)
     for i, crystal in enumerate(crystals):
         value = crystal.properties.get(source)
         if value is None:
@@ -203,9 +203,11 @@ def _of_whole(field: Field, source: str, crystals: Sequence[Crystal]) -> tuple[A
         if array.shape != field.shape or array.dtype.kind not in "biuf":
             missing[i] = f"expected numbers {field.shape}, found {_shown(value)}"
             continue
-        values[i] = array
-    found, wrong = from_array(field, values)
-    return found, {**wrong, **missing}
+        found, wrong = from_array(field, array[None])
+        values[i] = found[0]
+        if wrong:
+            missing[i] = wrong[0]
+    return values, missing
 
 
 def _of_atoms(field: Field, source: str, crystals: Sequence[Crystal]) -> tuple[Ragged, Problems]:
@@ -223,11 +225,6 @@ def _of_atoms(field: Field, source: str, crystals: Sequence[Crystal]) -> tuple[R
             missing.setdefault(i, f"atom {atom}: {reason}")
         rows.append(values)
     return Ragged.from_rows(rows), missing
-
-
-def _wide(field: Field) -> str:
-    """A type that holds values of the field as they come: what does not fit is found after."""
-    return "int64" if field.numpy.kind in "iu" and field.numpy.itemsize == 8 else "float64"
 
 
 def _shown(value: Any) -> str:

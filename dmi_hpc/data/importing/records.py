@@ -61,7 +61,8 @@ class Source(Protocol):
     key: str  # what decides a row's split, in words
     heavy: bool  # parsing is worth other processes
     files: tuple[Path, ...]
-    duplicates: list[str]  # that `collect` met, for people
+    duplicates: list[str]  # that `collect` met, for people: the first LISTED
+    repeated: int  # how many there are
 
     @property
     def fields(self) -> tuple[Field, ...]: ...
@@ -107,6 +108,7 @@ class PlainSource:
 
     def __init__(self) -> None:
         self.duplicates: list[str] = []
+        self.repeated = 0
 
     def scan(self) -> Iterator[Chunk] | None:
         return None
@@ -139,7 +141,8 @@ class ImportReport:
     skipped: int = 0
     bad: list[BadRecord] = field(default_factory=list)  # the first LISTED of the skipped
     merged: int = 0  # records that became part of another's row
-    duplicates: list[str] = field(default_factory=list)
+    repeated: int = 0  # groups of them
+    duplicates: list[str] = field(default_factory=list)  # the first LISTED groups
     notes: list[str] = field(default_factory=list)
 
     def add_bad(self, bad: Sequence[BadRecord]) -> None:
@@ -164,6 +167,7 @@ class ImportReport:
             "read": self.read,
             "kept": self.kept,
             "merged": self.merged,
+            "repeated": self.repeated,
             "skipped": self.skipped,
             "notes": list(self.notes),
             "duplicates": list(self.duplicates),

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 
 from dmi_hpc.data.composition import Compositions
 from dmi_hpc.data.importing.arrays import ArraySource
@@ -20,7 +20,7 @@ from dmi_hpc.data.importing.files import Inputs, inputs_of, provenance_of
 from dmi_hpc.data.importing.images import ImageFolder
 from dmi_hpc.data.importing.options import ImportOptions
 from dmi_hpc.data.importing.parallel import ordered_map
-from dmi_hpc.data.importing.records import LISTED, Advance, Batch, Chunk, ImportReport, Source
+from dmi_hpc.data.importing.records import Advance, Batch, Chunk, ImportReport, Source
 from dmi_hpc.data.importing.structures import Structures
 from dmi_hpc.data.importing.tables import CsvTable, ParquetTable
 from dmi_hpc.data.manifest import MANIFEST, BuildPlan, Manifest, SplitName, SplitRule, read_manifest
@@ -55,6 +55,7 @@ def import_files(
     findings = source.scan()
     if findings is not None:
         source.learn(_mapped(source, source.look, findings, options, progress, "first pass"))
+    _check_fields(source)
     report.notes += source.notes()
     batches = source.collect(_checked(_parsed(source, options, progress), options, report))
     first = next((batch for batch in batches if batch.count), None)
@@ -73,10 +74,20 @@ def import_files(
     report.kept = manifest.rows
     report.merged = report.read - report.kept - report.skipped
     report.notes += _empty_splits(manifest)
-    report.duplicates += source.duplicates[:LISTED]
+    report.duplicates += source.duplicates
+    report.repeated = source.repeated
     with writing(target):
         write_json(target / REPORT, {"identity": manifest.identity, **report.as_json()})
     return manifest, report
+
+
+def _check_fields(source: Source) -> None:
+    """What fields say together is the user's; what is wrong with it is told as such."""
+    try:
+        rule = SplitRule(seed=0, validation=0, test=0, key=source.key)
+        BuildPlan(task=source.task, rows_per_shard=1, fields=source.fields, split_rule=rule, seed=0)
+    except ValidationError as error:
+        raise DataError(f"fields: {error.errors()[0]['msg']}") from None
 
 
 def _empty_splits(manifest: Manifest) -> list[str]:

@@ -257,14 +257,16 @@ def _values(field: Field, found: Any) -> tuple[Array, Problems]:
     """Of an Arrow array; nulls are problems."""
     missing = np.flatnonzero(found.is_null().to_numpy(zero_copy_only=False))
     nulls = {int(row): "no value" for row in missing}
+    if _pyarrow().types.is_dictionary(found.type):
+        found = found.dictionary_decode()
     if field.shape:
         flat = found.fill_null([0] * field.shape[0]) if nulls else found
         inner = flat.flatten()
         numbers = inner.to_numpy(zero_copy_only=False).reshape(-1, *field.shape)
     else:
-        texts = found.to_pylist() if not _is_numeric(found) else None
-        if texts is not None:
-            values, wrong = from_texts(field, [text or "" for text in texts])
+        if not field.numeric or not _is_numeric(found):
+            texts = ["" if item is None else str(item) for item in found.to_pylist()]
+            values, wrong = from_texts(field, texts)
             return values, {**wrong, **nulls}
         numbers = (found.fill_null(0) if nulls else found).to_numpy(zero_copy_only=False)
     values, wrong = from_array(field, numbers)

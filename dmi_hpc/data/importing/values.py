@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -109,26 +110,43 @@ def from_texts(field: Field, cells: Sequence[str]) -> tuple[Array, Problems]:
                 wanted = "an integer" if field.numpy.kind in "iu" else "a number"
                 problems[i] = f"expected {wanted}, found {_quoted(cell)}"
                 cells[i] = "0"
-    if field.numpy.kind in "iu" and all(map(_INTEGER.fullmatch, cells)):
-        numbers = [int(cell) for cell in cells]  # exact above 2**53
-        limits = np.iinfo(field.dtype)
-        for i, number in enumerate(numbers):
-            if not limits.min <= number <= limits.max:
-                problems[i] = f"{number} is out of the range of {field.dtype}"
-                numbers[i] = 0
-        return np.array(numbers, dtype=field.numpy), problems
-    values, more = from_array(field, np.array([float(cell) for cell in cells], dtype=np.float64))
+    if field.numpy.kind in "iu":
+        values, more = _integers(field, cells)
+    else:
+        values, more = from_array(field, np.array([float(c) for c in cells], dtype=np.float64))
     return values, {**more, **problems}
+
+
+def _integers(field: Field, cells: Sequence[str]) -> tuple[Array, Problems]:
+    """Of texts of numbers; never through a float, which is exact only below 2**53."""
+    limits, problems = np.iinfo(field.dtype), {}
+    numbers = np.zeros(len(cells), dtype=field.numpy)
+    for i, cell in enumerate(cells):
+        whole = _INTEGER.fullmatch(cell) is not None
+        if not whole and not math.isfinite(float(cell)):
+            problems[i] = f"expected finite values, found {float(cell)}"
+            continue
+        exact = int(cell) if whole else Fraction(cell.strip())
+        if exact != int(exact):
+            problems[i] = f"{cell.strip()} cannot be stored as {field.dtype}"
+        elif not limits.min <= exact <= limits.max:
+            problems[i] = f"{cell.strip()} is out of the range of {field.dtype}"
+        else:
+            numbers[i] = int(exact)
+    return numbers, problems
 
 
 def from_array(field: Field, found: Array) -> tuple[Array, Problems]:
     """(n, *shape) of any dtype as the field's, 0 where a value is not finite or does not fit."""
     if found.shape[1:] != field.shape:
         raise DataError(f"expected {field.shape} an entry, found {found.shape[1:]}")
+    if (found.dtype.kind in "SUO") == field.numeric:
+        kind = "numbers" if field.numeric else "text"
+        raise DataError(
+            f"field {field.name!r}: expected {kind} for {field.dtype}, found {found.dtype}"
+        )
     if not field.numeric:
         return _encoded(field, [_bytes_of(item) for item in found])
-    if found.dtype.kind not in "biuf":
-        raise DataError(f"expected numbers, found {found.dtype}")
     per_entry = tuple(range(1, found.ndim))
     with np.errstate(over="ignore", invalid="ignore"):
         values = found.astype(field.numpy)
@@ -138,7 +156,11 @@ def from_array(field: Field, found: Array) -> tuple[Array, Problems]:
             bad = np.zeros(len(found), dtype=bool)
         else:
             limits = np.iinfo(field.dtype)
-            inside = (found >= limits.min) & (found <= limits.max) & (values == found)
+            # as floats, the largest integers round up to one more than they are
+            below = (
+                found < float(limits.max) + 1 if found.dtype.kind == "f" else found <= limits.max
+            )
+            inside = (found >= limits.min) & below & (values == found)
             bad = ~inside.all(axis=per_entry)
     problems = {int(i): _why(field, found[i]) for i in np.flatnonzero(bad)}
     values[bad] = 0

@@ -1,0 +1,121 @@
+"""What is measured of this project's loader, and the copies in memory that it is compared with."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+Epoch = Callable[[], int]  # -> samples read
+
+RUN_EPOCHS = 10
+THREADS = (0, 2)
+
+
+def loader_of(folder: Path, fields: tuple[str, ...], batch: int, threads: int, **more: Any) -> Any:
+    from dmi_hpc.data import ShardLoader, ShardSet
+
+    shards = ShardSet.open(folder, verify="none", backend="mmap")
+    options = {"split": "all", "shuffle": "global", "batch_size": batch, "threads": threads}
+    return ShardLoader(shards, fields, **{**options, **more})
+
+
+def loaded(loader: Any, field: str) -> Epoch:
+    """One epoch; `field` has one entry a sample."""
+
+    def epoch() -> int:
+        return sum(len(batch[field]) for batch in loader)
+
+    return epoch
+
+
+def gathered(array: Array, batch: int) -> Epoch:
+    """The shuffle ceiling: np.take of shuffled batches into one buffer, order made beforehand."""
+    from dmi_hpc.data.sampler import Order
+
+    order = Order(seed=0, rows=len(array), shuffle="global")
+    rows = order.index(0, np.arange(len(array), dtype=np.int64))
+    batches = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    buffer = np.empty((batch, *array.shape[1:]), dtype=array.dtype)
+
+    def epoch() -> int:
+        for index in batches:
+            np.take(array, index, axis=0, out=buffer[: len(index)], mode="clip")
+        return len(rows)
+
+    return epoch
+
+
+def copied(array: Array, batch: int) -> Epoch:
+    """The sequential ceiling: memcpy of each batch into one buffer."""
+    buffer = np.empty((batch, *array.shape[1:]), dtype=array.dtype)
+
+    def epoch() -> int:
+        for start in range(0, len(array), batch):
+            rows = array[start : start + batch]
+            np.copyto(buffer[: len(rows)], rows)
+        return len(array)
+
+    return epoch
+
+
+def read(folder: Path, batch: int) -> Epoch:
+    """ShardSet.read, the plain copy, into one buffer."""
+    from dmi_hpc.data import ShardSet
+
+    shards = ShardSet.open(folder, verify="none", backend="mmap")
+    field = shards.manifest.field("x")
+    buffer = np.empty((batch, *field.shape), dtype=field.numpy)
+
+    def epoch() -> int:
+        for start in range(0, len(shards), batch):
+            stop = min(start + batch, len(shards))
+            shards.read("x", start, stop, buffer[: stop - start])
+        return len(shards)
+
+    return epoch
+
+
+def verified(folder: Path, batch: int, verify: str, epochs: int) -> Epoch:
+    """Open the set anew and read it so many times."""
+    from dmi_hpc.data import ShardLoader, ShardSet
+
+    def run() -> int:
+        with ShardSet.open(folder, verify=verify, backend="mmap") as shards:
+            loader = ShardLoader(shards, ("x",), split="all", shuffle="global", batch_size=batch)
+            return sum(len(rows["x"]) for _ in range(epochs) for rows in loader)
+
+    return run
+
+
+def collate(batch: Any) -> dict[str, Any]:
+    """What PyG's collation gives: edge_index (2, edges) of the batch, and each node's graph."""
+    from dmi_hpc.data.ragged import Ragged, row_of_entry
+
+    fields: dict[str, Any] = dict(batch.fields)
+    pairs: Ragged = fields.pop("pairs")
+    fields["edge_index"] = pairs.values.T
+    fields["batch"] = row_of_entry(fields["z"].offsets)
+    return fields
+
+
+def sampler_megabytes(rows: int) -> float:
+    """Peak of Python's and numpy's allocations: an order, and some batches of a rank in the middle."""
+    from dmi_hpc.data.sampler import Batches, Order, rank_slice
+
+    batch, rank, size = 1024, 3, 4
+    tracemalloc.start()
+    try:
+        order = Order(seed=1, rows=rows, shuffle="global")
+        batches = Batches(rows, batch)
+        middle = batches.steps(0) // 2
+        for step in range(middle, middle + 16):
+            positions, _ = rank_slice(batches.positions(0, step), rank, size)
+            order.index(1, positions)
+        return tracemalloc.get_traced_memory()[1] / 1e6
+    finally:
+        tracemalloc.stop()

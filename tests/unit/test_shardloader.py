@@ -1,0 +1,434 @@
+"""ShardLoader as PyTorch users meet it: passes, state, tensors, devices, and a clean end."""
+
+import contextlib
+import gc
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import types
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runner import environment
+from shard_sets import NUMERIC, make_set
+from torch.utils.data import DataLoader
+
+from dmi_hpc.data import Ragged, ShardLoader, ShardSet, device
+from dmi_hpc.errors import DataError
+
+ROWS = 103
+FIELDS = ("n", "x", "z", "edge")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("set") / "data"
+    make_set(folder, ROWS, 40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(folder):
+    with ShardSet.open(folder) as opened:
+        yield opened
+
+
+def rows_of(batches):
+    return [batch["_rows"].tolist() for batch in batches]
+
+
+def threads_of_loaders():
+    return [t.name for t in threading.enumerate() if t.name.startswith("dmi-loader")]
+
+
+# passes and state
+
+
+def test_each_pass_is_an_epoch(shards):
+    loader = ShardLoader(shards, FIELDS, batch_size=16)
+    train = np.asarray(shards.rows("train")).tolist()
+    first, second = rows_of(loader), rows_of(loader)
+    assert len(first) == len(loader) == -(-len(train) // 16)
+    assert sorted(chain(*first)) == sorted(chain(*second)) == train
+    assert first != second
+    loader.set_epoch(0)
+    assert rows_of(loader) == first
+    assert (loader.epoch, loader.position) == (1, 0)
+
+
+def test_a_pass_that_is_left_is_over(shards):
+    """As everywhere in PyTorch: a look at the first batch takes nothing away from the next pass."""
+    loader = ShardLoader(shards, FIELDS, batch_size=16)
+    epochs = [rows_of(loader) for _ in range(4)]
+    loader.set_epoch(0)
+    assert next(iter(loader))["_rows"].tolist() == epochs[0][0]
+    assert rows_of(loader) == epochs[1]
+    # one that knows the length never asks for more than the last batch (Lightning)
+    for epoch in (2, 3):
+        passing = iter(loader)
+        assert [next(passing)["_rows"].tolist() for _ in range(len(loader))] == epochs[epoch]
+
+
+def test_an_epoch_without_batches_ends(shards):
+    loader = ShardLoader(shards, FIELDS, batch_size=500, tail="drop")
+    assert [len(list(loader)), len(list(loader)), loader.epoch] == [0, 0, 2]
+
+
+@given(
+    batch_size=st.integers(1, 40),
+    later=st.integers(1, 40),
+    taken=st.integers(0, 120),
+    size=st.integers(1, 3),
+    threads=st.integers(0, 3),
+    shuffle=st.sampled_from(["global", "block", "none"]),
+    tail=st.sampled_from(["keep", "drop"]),
+)
+@settings(deadline=None, max_examples=50)
+def test_a_state_continues_anywhere(shards, batch_size, later, taken, size, threads, shuffle, tail):
+    """What is left after a state, through JSON, at another batch size and number of ranks."""
+    options = {"shuffle": shuffle, "seed": 3}
+    whole = ShardLoader(shards, ("n",), batch_size=1, **options)
+    sequence = [row for _ in range(3) for [row] in rows_of(whole)]
+    loader = ShardLoader(shards, ("n",), batch_size=batch_size, tail="keep", threads=0, **options)
+    seen, state = [], loader.state_dict()
+    for _ in range(2):
+        for batch in loader:
+            if taken == 0:
+                break
+            taken -= 1
+            seen += batch["_rows"].tolist()
+            state = loader.state_dict()  # as the loop's body would save it
+    state = json.loads(json.dumps(state))
+    assert seen == sequence[: len(seen)]
+    rest = []
+    for rank in range(size):
+        # of another seed: the state's order counts
+        other = ShardLoader(
+            shards,
+            ("n",),
+            batch_size=later,
+            rank=rank,
+            size=size,
+            threads=threads,
+            tail=tail,
+            seed=9,
+        )
+        other.load_state_dict(state)
+        assert other.state_dict() == state
+        steps = [(b["_rows"][b["_weights"] == 1].tolist(), other.position) for b in other]
+        rest.append([rows for rows, _ in steps])
+    remaining = [row for step in zip(*rest, strict=True) for rows in step for row in rows]
+    left = len(shards.rows("train")) - state["position"]
+    expected = left - left % later if tail == "drop" else left
+    assert len(remaining) == expected
+    assert seen + remaining == sequence[: len(seen) + expected]
+
+
+def test_a_state_of_other_data_is_refused(shards, tmp_path):
+    make_set(tmp_path / "other", 90, 40)
+    loader = ShardLoader(shards, ("n",), batch_size=16)
+    other = ShardLoader(tmp_path / "other", ("n",), batch_size=16)
+    with pytest.raises(DataError, match=r"loader state: made from data set .*, found data set"):
+        other.load_state_dict(loader.state_dict())
+    validation = ShardLoader(shards, ("n",), batch_size=16, split="validation")
+    with pytest.raises(DataError, match=r"an order of .* rows, found"):
+        validation.load_state_dict(loader.state_dict())
+
+
+# tensors
+
+
+def test_tensors_of_every_kind_of_field(shards):
+    loader = ShardLoader(shards, NUMERIC, batch_size=16, split="all")
+    for batch in loader:
+        assert set(batch) == {*NUMERIC, "_offsets.node", "_offsets.edge", "_weights", "_rows"}
+        found = {name: tensor.numpy() for name, tensor in batch.items()}
+        expected = shards.fields(NUMERIC, found["_rows"])
+        for name, values in expected.items():
+            if isinstance(values, Ragged):
+                axis = "edge" if name == "edge" else "node"
+                np.testing.assert_array_equal(found[f"_offsets.{axis}"], values.offsets)
+                values = values.values
+            if name == "edge":
+                base = np.repeat(found["_offsets.node"][:-1], np.diff(found["_offsets.edge"]))
+                values = values.astype(np.int64) + base[:, None]
+            np.testing.assert_array_equal(found[name], values, strict=True)
+        assert (found["_weights"] == 1).all()
+
+
+def test_chosen_rows_and_wrong_ones(shards):
+    rows = np.array([5, 90, 17, 17])
+    loader = ShardLoader(shards, ("n",), rows=rows, batch_size=3, shuffle="none")
+    assert rows_of(loader) == [[5, 90, 17], [17]]
+    with pytest.raises(IndexError, match="rows -1 to 3 of a set of 103"):
+        ShardLoader(shards, ("n",), rows=np.array([-1, 3]), batch_size=3)
+    with pytest.raises(IndexError, match="expected an array of row numbers, found bool"):
+        ShardLoader(shards, ("n",), rows=np.ones(ROWS, dtype=bool), batch_size=3)
+    with pytest.raises(DataError, match="field 'name' is text"):
+        ShardLoader(shards, ("name",), batch_size=3)
+    with pytest.raises(DataError, match="no field 'y'"):
+        ShardLoader(shards, ("y",), batch_size=3)
+    with pytest.raises(DataError, match="batch_size is 0; it must be at least 1"):
+        ShardLoader(shards, ("n",), batch_size=0)
+    with pytest.raises(IndexError, match="rank 2 of 2"):
+        ShardLoader(shards, ("n",), batch_size=4, rank=2, size=2)
+
+
+def test_data_loader_of_torch(shards):
+    plain = ShardLoader(shards, FIELDS, batch_size=16)
+    wrapped = DataLoader(ShardLoader(shards, FIELDS, batch_size=16), batch_size=None, num_workers=0)
+    assert len(wrapped) == len(plain)
+    for _ in range(2):
+        for a, b in zip(wrapped, plain, strict=True):
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_workers_of_a_data_loader_are_refused(folder):
+    loader = DataLoader(
+        ShardLoader(folder, FIELDS, batch_size=16, threads=0),
+        batch_size=None,
+        num_workers=2,
+        multiprocessing_context="fork",
+    )
+    reading = iter(loader)
+    with pytest.raises(DataError, match=r"would read every batch once more.*num_workers=0"):
+        next(reading)
+    for worker in reading._workers:  # torch waits 5 s for each otherwise
+        worker.kill()
+    with pytest.raises(DataError, match="works in the process that has made it"):
+        pickle.dumps(loader)  # where workers are spawned
+
+
+# ends
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_the_loop_may_be_left(shards, threads):
+    loader = ShardLoader(shards, FIELDS, batch_size=2, threads=threads)
+    for _ in loader:
+        assert bool(threads_of_loaders()) == (threads > 0)
+        break
+    assert threads_of_loaders() == []
+    with pytest.raises(ZeroDivisionError):
+        for _ in loader:
+            raise ZeroDivisionError
+    gc.collect()
+    assert threads_of_loaders() == []
+    passing = iter(loader)
+    next(passing)
+    passing.close()
+    assert threads_of_loaders() == []
+    list(loader)
+    assert threads_of_loaders() == []
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_error_in_a_transform_reaches_the_loop(shards, threads):
+    def failing(batch):
+        if batch.start >= 40:
+            raise ZeroDivisionError(f"the user's own bug at {batch.start}")
+        return batch.fields
+
+    loader = ShardLoader(shards, FIELDS, batch_size=8, threads=threads, transform=failing)
+    got = []
+    with pytest.raises(ZeroDivisionError, match="the user's own bug at 40"):
+        got.extend(batch["_rows"] for batch in loader)
+    assert [len(rows) for rows in got] == [8, 8, 8]  # two more were to be read together with it
+    gc.collect()
+    assert threads_of_loaders() == []
+    assert loader.position == 24
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread", "direct", "ram", "h5py"])
+def test_no_file_stays_open(folder, backend):
+    def mine():
+        links = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+        return [link for link in links if link.is_relative_to(folder.resolve())]
+
+    with contextlib.suppress(DataError), ShardSet.open(folder, backend=backend) as shards:
+        for _ in ShardLoader(shards, FIELDS, batch_size=2):
+            break
+    assert mine() == []
+
+
+CHILD = """
+import sys
+from dmi_hpc.data import ShardLoader, ShardSet
+loader = ShardLoader(ShardSet.open(sys.argv[1], backend=sys.argv[2]), ("n", "x", "z"), batch_size=2)
+"""
+ENDS = {
+    "in the middle of a pass": ("kept = iter(loader); next(kept)", 0),
+    "by exit": ("for _ in loader: sys.exit(7)", 7),
+    "by an error": ("for _ in loader: raise ValueError('left')", 1),
+    "in a function": ("def f():\n    for b in loader: return b\nprint(f()['n'].shape)", 0),
+}
+
+
+def child(folder, code, backend="pread", **options):
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", CHILD + code, folder, backend],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_the_interpreter_ends_while_a_loader_is_at_work(folder):
+    started = {how: child(folder, code) for how, (code, _) in ENDS.items()}
+    for how, process in started.items():
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == ENDS[how][1], f"{how}: {err}"
+        assert how == "by an error" or err == ""
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread", "ram"])
+def test_no_shared_memory_that_a_kill_would_leave(folder, backend):
+    process = child(
+        folder,
+        "next(iter(loader)); print('reading', flush=True); input()",
+        backend,
+        stdin=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout.readline() == "reading\n", process.stderr.read()
+        inside = psutil.Process(process.pid)
+        maps = [m.path for m in inside.memory_maps(grouped=False)]
+        links = [str(link.readlink()) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
+        named = [
+            path
+            for path in [*maps, *links]
+            if path.startswith("/dev/shm") and not Path(path).is_relative_to(folder)
+        ]
+        assert named == []
+        assert inside.children(recursive=True) == []
+        written = [p for p in folder.iterdir() if p.name != "manifest.json" and p.suffix != ".h5"]
+        assert written == []
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=30)
+
+
+# devices
+
+
+def test_to_device_of_a_cpu_gives_the_tensors_themselves():
+    batches = [(k, {"x": torch.ones(2)}) for k in range(3)]
+    found = list(device.to_device(iter(batches), torch.device("cpu")))
+    assert [key for key, _ in found] == [0, 1, 2]
+    for (_, given_), (_, moved) in zip(batches, found, strict=True):
+        assert moved["x"] is given_["x"]
+
+
+class Gpu:
+    """Keeps the rules of CUDA that the copies rely on, not its arithmetic.
+
+    A copy is done when its stream is waited for; until then its source must be held.
+    """
+
+    def __init__(self, monkeypatch):
+        self.running, self.current, self.log = [], "main", []
+        for name in ("Stream", "Event", "stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def Stream(self, _):
+        return types.SimpleNamespace(synchronize=self.synchronize)
+
+    def synchronize(self):
+        for copy in self.running:
+            copy.done = True
+        self.running.clear()
+
+    @contextlib.contextmanager
+    def stream(self, _):
+        self.current = "copies"
+        yield
+        self.current = "main"
+
+    def Event(self):
+        before = types.SimpleNamespace(copies=[])
+        before.record = lambda _: before.copies.extend(self.running)
+        before.query = lambda: all(copy.done for copy in before.copies)
+        return before
+
+    def current_stream(self, _):
+        return types.SimpleNamespace(wait_event=lambda event: self.log.append(event))
+
+
+class Pinned:
+    """A page-locked tensor; `move` remembers that a copy from it is under way."""
+
+    def __init__(self, gpu, key):
+        self.gpu, self.key, self.done, self.streams = gpu, key, False, []
+
+    def to(self, _, non_blocking):
+        assert non_blocking
+        assert self.gpu.current == "copies"
+        self.gpu.running.append(self)
+        return types.SimpleNamespace(key=self.key, record_stream=self.streams.append)
+
+    def __del__(self):
+        assert self.done or self not in self.gpu.running
+
+
+def copies(gpu, count, made):
+    for key in range(count):
+        pinned = Pinned(gpu, key)
+        made.append((key, pinned.streams))
+        yield key, {"x": pinned}
+
+
+def held(gpu):
+    """Sources of running copies that somebody beside this list of running ones holds."""
+    return [copy.key for copy in gpu.running if sys.getrefcount(copy) > 3]
+
+
+def test_copies_to_a_gpu_run_one_batch_ahead(monkeypatch):
+    gpu, made, keys = Gpu(monkeypatch), [], []
+    for key, tensors in device.to_device(copies(gpu, 5, made), types.SimpleNamespace(type="cuda")):
+        keys.append(key)
+        assert tensors["x"].key == key
+        assert len(made) == min(key + 2, 5)  # the next one is under way
+        assert len(gpu.log) == key + 1  # the step's stream waits for this copy
+        assert gpu.log[-1].copies[-1].key == key
+        assert len(made[key][1]) == 1  # and its memory is recorded there
+        assert held(gpu) == [k for k, _ in made]  # nothing is done yet: nothing is read into
+    assert keys == [0, 1, 2, 3, 4]
+    assert gpu.running == []
+
+
+def test_buffers_are_given_back_when_their_copies_are_done(monkeypatch):
+    gpu, made = Gpu(monkeypatch), []
+    moving = device.to_device(copies(gpu, 9, made), types.SimpleNamespace(type="cuda"))
+    for key, _ in moving:
+        if key == 3:
+            gpu.synchronize()
+        if key == 4:
+            assert held(gpu) == [5]
+            break
+
+
+@pytest.mark.parametrize("how", ["left", "failed"])
+def test_no_copy_is_under_way_when_the_loop_has_ended(monkeypatch, how):
+    gpu, made = Gpu(monkeypatch), []
+
+    def batches():
+        yield from copies(gpu, 3, made)
+        raise ZeroDivisionError
+
+    with contextlib.suppress(ZeroDivisionError):
+        for key, _ in device.to_device(batches(), types.SimpleNamespace(type="cuda")):
+            if how == "left" and key == 1:
+                break
+    assert gpu.running == []
