@@ -23,7 +23,7 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -189,6 +189,30 @@ class Benchmark:
             )
         )
 
+    def build(self, *, in_memory: bool) -> None:
+        """in_memory: in /dev/shm, if it has room, where no disk slows the processes down."""
+        from loading import building
+
+        shared, needed = Path("/dev/shm"), 4 * 2**30
+        roomy = in_memory and shared.is_dir() and shutil.disk_usage(shared).free > needed
+        with (
+            console.status("build"),
+            tempfile.TemporaryDirectory(
+                prefix="dmi-bench-", dir=shared if roomy else self.folder
+            ) as folder,
+        ):
+            self.figures += building.figures(Path(folder), self.settings)
+
+    def training(self, table: Path | None) -> None:
+        from loading import training
+
+        with self.place("training") as folder:
+            self.figures.append(training.data_wait(table, folder))
+
+    def all_dense(self) -> None:
+        for case in CASES:
+            self.dense(case.small() if self.settings.small else case)
+
     def rivals_table(self) -> str:
         rows = []
         for case, trials in self.trials.items():
@@ -225,20 +249,8 @@ def main() -> None:
     found = {name: installed(name) for name in PACKAGES} if not options.no_rivals else {}
     with tempfile.TemporaryDirectory(prefix="dmi-bench-", dir=options.folder) as scratch:
         benchmark = Benchmark(Path(scratch), settings, with_rivals=not options.no_rivals)
-        for case in CASES:
-            benchmark.dense(case.small() if settings.small else case)
-        benchmark.graphs()
-        benchmark.sampler()
-        from loading import building, training
-
-        memory = memory_folder() if options.folder is None else None
-        with (
-            console.status("build"),
-            tempfile.TemporaryDirectory(prefix="dmi-bench-", dir=memory or scratch) as fast,
-        ):
-            benchmark.figures += building.figures(Path(fast), settings)
-        with benchmark.place("training") as folder:
-            benchmark.figures.append(training.data_wait(options.elemnet, folder))
+        for part in options.only or PARTS:
+            PARTS[part](benchmark, options)
     parts = [table(benchmark.figures)]
     if settings.small:
         parts.insert(0, "Small sets: these figures only show that everything runs.")
@@ -269,18 +281,22 @@ def result(benchmark: Benchmark, host: dict[str, Any], settings: Settings) -> di
     }
 
 
-def memory_folder() -> Path | None:
-    """Where builds are not slowed by a disk."""
-    shared, needed = Path("/dev/shm"), 4 * 2**30
-    return shared if shared.is_dir() and shutil.disk_usage(shared).free > needed else None
+PARTS: dict[str, Callable[[Benchmark, argparse.Namespace], None]] = {
+    "dense": lambda benchmark, options: benchmark.all_dense(),
+    "graphs": lambda benchmark, options: benchmark.graphs(),
+    "sampler": lambda benchmark, options: benchmark.sampler(),
+    "build": lambda benchmark, options: benchmark.build(in_memory=options.folder is None),
+    "training": lambda benchmark, options: benchmark.training(options.elemnet),
+}
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="small sets, 3 repetitions")
+    parser.add_argument("--quick", action="store_true", help="small sets, 2 repetitions")
     parser.add_argument("--no-rivals", action="store_true", help="only this project and memory")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts instead of all")
     parser.add_argument("--folder", type=Path, help="for the data, 4 GB; default: temporary")
     parser.add_argument("--elemnet", type=Path, help="table of formulas and targets, or a set")
     parser.add_argument("--json", type=Path, help="all figures and rates")

@@ -51,7 +51,7 @@ def job_of(stage: str, recipe: Path, folder: Path, ranks: int) -> Job:
     arguments: tuple[str, ...]
     match stage:
         case "data":
-            arguments = ("data", "build", str(recipe), "--out", str(folder))
+            arguments = ("data", "build", str(recipe), "--out", str(folder), "--resume")
         case "search" | "train":
             arguments = (stage, str(recipe), "--out", str(folder), "--resume")
         case _:

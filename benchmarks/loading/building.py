@@ -81,7 +81,8 @@ def figures(folder: Path, settings: Settings) -> list[Figure]:
         "start": built(folder / "few.npy", target, few, PROCESSES),
     }
     windows = {name: repeated(epoch, 0.0) for name, epoch in contenders.items()}
-    rates = interleaved(windows, 1 if settings.small else settings.repetitions)
+    small = settings.small  # processes take a second to start
+    rates = interleaved(windows, 1 if small else settings.repetitions, warm_up=not small)
     for name in ("few.npy", "rows.npy"):
         (folder / name).unlink()
     # seconds of one process, over those of four less what the same four take for a set of nothing

@@ -104,18 +104,23 @@ def collate(batch: Any) -> dict[str, Any]:
 
 
 def sampler_megabytes(rows: int) -> float:
-    """Peak of Python's and numpy's allocations: an order, and some batches of a rank in the middle."""
+    """Peak of Python's and numpy's allocations of one of 4 ranks, from an epoch's middle on.
+
+    Asked for 16384 positions at once, as the loader asks.
+    """
     from dmi_hpc.data.sampler import Batches, Order, rank_slice
 
-    batch, rank, size = 1024, 3, 4
+    batch, rank, size, steps = 1024, 3, 4, 64
+    Order(seed=1, rows=batch, shuffle="global").index(0, np.arange(batch))  # imports of numpy
     tracemalloc.start()
     try:
         order = Order(seed=1, rows=rows, shuffle="global")
         batches = Batches(rows, batch)
         middle = batches.steps(0) // 2
-        for step in range(middle, middle + 16):
-            positions, _ = rank_slice(batches.positions(0, step), rank, size)
-            order.index(1, positions)
+        for first in range(middle, middle + 4 * steps, steps):
+            wholes = (batches.positions(0, step) for step in range(first, first + steps))
+            mine = [rank_slice(whole, rank, size)[0] for whole in wholes]
+            order.index(1, np.concatenate(mine))
         return tracemalloc.get_traced_memory()[1] / 1e6
     finally:
         tracemalloc.stop()

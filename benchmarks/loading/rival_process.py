@@ -21,7 +21,7 @@ from loading.timing import Window
 
 WORKERS = (0, 2, 4)
 TIMEOUT_S = 180  # for one answer; the slowest write a minute
-CLOSING_S = 20  # for workers to end by themselves
+CLOSING_S = 8  # for workers to end by themselves
 
 
 class RivalError(Exception):

@@ -20,7 +20,7 @@ class Settings:
 
     @classmethod
     def of(cls, *, quick: bool) -> Settings:
-        return cls(0.02, 0.2, 3, True) if quick else cls(0.4, 1.0, 5, False)
+        return cls(0.02, 0.2, 2, True) if quick else cls(0.4, 1.0, 5, False)
 
 
 def repeated(epoch: Callable[[], int], seconds: float) -> Window:
@@ -35,10 +35,12 @@ def repeated(epoch: Callable[[], int], seconds: float) -> Window:
     return window
 
 
-def interleaved(contenders: Mapping[str, Window], repetitions: int) -> Rates:
-    """Windows of all in turns, every second round backwards; one round before does not count."""
+def interleaved(
+    contenders: Mapping[str, Window], repetitions: int, *, warm_up: bool = True
+) -> Rates:
+    """Windows of all in turns, every second round backwards; a round before them warms up."""
     rates: Rates = {name: [] for name in contenders}
-    for name in contenders:
+    for name in contenders if warm_up else ():
         contenders[name]()
     for repetition in range(repetitions):
         for name in list(contenders)[:: -1 if repetition % 2 else 1]:

@@ -45,7 +45,7 @@ def info_lines(
         f"{size_text(manifest.bytes)}, {how}",
         f"identity {manifest.identity}",
         "",
-        *_split_lines(manifest),
+        *_split_lines(manifest, width),
         "",
         *_field_lines(manifest, stored, width),
         *_axis_lines(manifest),
@@ -76,13 +76,14 @@ def info_json(path: Path, manifest: Manifest, stored: Mapping[str, int]) -> str:
     return json.dumps(facts, indent=1)
 
 
-def _split_lines(manifest: Manifest) -> list[str]:
+def _split_lines(manifest: Manifest, width: int) -> list[str]:
     rule = manifest.plan.split_rule
     parts = [
         f"{name} {manifest.split_rows[name]:,} ({manifest.split_rows[name] / manifest.rows:.1%})"
         for name in ("train", "validation", "test")
     ]
-    return ["   ".join(parts), f"split by {_clean(rule.key) or 'nothing'}, seed {rule.seed}"]
+    rule_text = f"split by {_clean(rule.key) or 'nothing'}, seed {rule.seed}"
+    return ["   ".join(parts), *textwrap.wrap(rule_text, width, subsequent_indent="  ")]
 
 
 def _field_lines(manifest: Manifest, stored: Mapping[str, int], width: int) -> list[str]:
@@ -221,7 +222,7 @@ def _block_text(count: int) -> str:
 
 def _type(field: Field) -> str:
     name = f"text of {field.numpy.itemsize} bytes" if not field.numeric else field.dtype
-    return name + (" " + "x".join(map(str, field.shape)) if field.shape else "")
+    return name + (f"[{'x'.join(map(str, field.shape))}]" if field.shape else "")
 
 
 def _clean(text: str) -> str:

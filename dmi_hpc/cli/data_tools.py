@@ -32,6 +32,7 @@ def _progress(what: str, total: float, unit: str = "MB") -> Iterator[Callable[[i
     with progress_bar(console()) as bar:
         line = bar.add_task(what, total=total * scale, note=unit)
         yield lambda count: bar.update(line, advance=count * scale)
+        bar.update(line, completed=total * scale)
 
 
 def info(
@@ -130,6 +131,14 @@ def verify(
     say(f"{whole}: all whole now")
 
 
+def _list_damage(places: list[str]) -> None:
+    show = console()
+    for place in places[:_SHOWN]:
+        show.print(place, markup=False)
+    if len(places) > _SHOWN:
+        show.print(f"... and {len(places) - _SHOWN} more places")
+
+
 def split(
     path: SetFolder,
     out: Annotated[Path, typer.Option(help="folder of the new set")],
@@ -161,24 +170,21 @@ def split(
     from dmi_hpc.data.reader import ShardSet
     from dmi_hpc.data.rewrite import Changes, rewrite
 
-    anew = any(option is not None for option in (validation, test, seed, group))
+    new_splits = any(option is not None for option in (validation, test, seed, group))
     changes = Changes(
-        validation=(0.1 if validation is None else validation) if anew else None,
-        test=(0.1 if test is None else test) if anew else None,
+        validation=(0.1 if validation is None else validation) if new_splits else None,
+        test=(0.1 if test is None else test) if new_splits else None,
         split_seed=seed or 0,
         group=group,
         shuffle_seed=shuffle,
         compression=None if compress is None else compression_of(compress),
         rows_per_shard=rows_per_shard,
     )
-    with (
-        ShardSet.open(path, verify="none") as source,
-        _progress("rows", len(source), "rows") as progress,
-    ):
-        workers = processes or cores_per_rank(1)
-        manifest = rewrite(source, out, changes, processes=workers, progress=progress)
-    rows = ", ".join(f"{count} {name}" for name, count in manifest.split_rows.items())
-    say(f"data set {out}: {manifest.rows} rows ({rows}) in {len(manifest.shards)} shards")
+    workers = processes or cores_per_rank(1)
+    with ShardSet.open(path, verify="none") as old, _progress("rows", len(old), "rows") as progress:
+        new = rewrite(old, out, changes, processes=workers, progress=progress)
+    rows = ", ".join(f"{count} {name}" for name, count in new.split_rows.items())
+    say(f"data set {out}: {new.rows} rows ({rows}) in {len(new.shards)} shards")
 
 
 def compression_of(text: str) -> Compression | Literal["none"]:

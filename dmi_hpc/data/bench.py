@@ -325,7 +325,7 @@ def _cold(
 
 
 def _evicted(files: Sequence[Path]) -> bool:
-    for wait_s in (0.2, 0.5, 1.0):
+    for wait_s in (0.1, 0.2, 0.4):
         gc.collect()  # pages that a closed reader still maps would stay
         if all(evict(file) for file in files):
             return True

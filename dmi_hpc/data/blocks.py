@@ -141,30 +141,33 @@ class ArrayBlocks:
         )
 
 
+BytesOf = Callable[[int], Array]  # block -> its stored bytes
+
+
 class CheckOnce:
     """Checks each block the first time that it is touched; afterwards asking costs nothing."""
 
-    def __init__(self, blocks: ArrayBlocks, bytes_of: Callable[[int], Array]) -> None:
-        self._blocks, self._bytes_of = blocks, bytes_of
+    def __init__(self, blocks: ArrayBlocks) -> None:
+        self._blocks = blocks
         self._unchecked = np.ones(blocks.total, dtype=bool)
         self._left = blocks.total
         self._lock = threading.Lock()
 
-    def touch(self, entries: Ids) -> None:
+    def touch(self, entries: Ids, bytes_of: BytesOf) -> None:
         """Before these entries are read."""
         if self._left:
             numbers = self._blocks.of(entries)
-            self._check(np.unique(numbers[self._unchecked[numbers]]))
+            self._check(np.unique(numbers[self._unchecked[numbers]]), bytes_of)
 
-    def touch_range(self, start: int, stop: int) -> None:
+    def touch_range(self, start: int, stop: int, bytes_of: BytesOf) -> None:
         if self._left and stop > start:
             first, last = self._blocks.of(np.array([start, stop - 1], dtype=np.int64))
-            self._check(first + np.flatnonzero(self._unchecked[first : last + 1]))
+            self._check(first + np.flatnonzero(self._unchecked[first : last + 1]), bytes_of)
 
-    def _check(self, numbers: Ids) -> None:
+    def _check(self, numbers: Ids, bytes_of: BytesOf) -> None:
         # two threads may check one block: harmless, and cheaper than a lock around hashing
         for block in numbers.tolist():
-            self._blocks.check(block, self._bytes_of(block))
+            self._blocks.check(block, bytes_of(block))
         with self._lock:
             self._left -= int(self._unchecked[numbers].sum())
             self._unchecked[numbers] = False

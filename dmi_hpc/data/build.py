@@ -1,7 +1,7 @@
 """Build a shard set in parallel: over MPI ranks, and over processes of each rank.
 
 The content is a function of the plan alone: any number of ranks and processes gives the same bytes.
-The manifest is written last; until then there is no set, and the same command continues.
+The manifest is written last; until then there is no set, and the same build continues it.
 """
 
 from __future__ import annotations

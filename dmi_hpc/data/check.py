@@ -65,7 +65,7 @@ def find_damage(folder: Path, progress: Progress = lambda count: None) -> tuple[
     """
     manifest = read_manifest(folder)
     with ThreadPoolExecutor(_threads(manifest)) as pool:
-        found = pool.map(lambda s: damage_of(folder, manifest, s, progress), manifest.shards)
+        found = pool.map(lambda s: _damage_of(folder, manifest, s, progress), manifest.shards)
         return tuple(damage for some in found for damage in some)
 
 
@@ -73,7 +73,7 @@ def _threads(manifest: Manifest) -> int:
     return min(_THREADS, psutil.cpu_count() or 1, len(manifest.shards))
 
 
-def damage_of(
+def _damage_of(
     folder: Path, manifest: Manifest, shard: ShardRecord, progress: Progress = lambda count: None
 ) -> list[Damage]:
     """All damage of one shard."""

@@ -21,7 +21,7 @@ from dmi_hpc.data.elements import (
     parse_formula,
     reduced_formula,
 )
-from dmi_hpc.data.importing.csvs import CsvFiles, Lines
+from dmi_hpc.data.importing.csvs import CsvFiles, Lines, by_line
 from dmi_hpc.data.importing.options import ImportOptions
 from dmi_hpc.data.importing.records import (
     LISTED,
@@ -140,9 +140,8 @@ class Compositions(PlainSource):
             numbers.append(number)
             keys.append(key)
             splits.append(split)
-        bad.sort(key=lambda record: int(record.where.rpartition(":")[2]))
         if not keys:
-            return Batch({}, tuple(bad))
+            return Batch({}, by_line(bad))
         columns = {
             "fractions": np.stack(fractions),
             "value": np.array(values, dtype=np.float64),
@@ -151,7 +150,7 @@ class Compositions(PlainSource):
             "line": np.array(numbers, dtype=np.int64),
             SPLIT.name: np.array(splits, dtype=np.uint8),
         }
-        return Batch(columns, tuple(bad), tuple(keys))
+        return Batch(columns, by_line(bad), tuple(keys))
 
     def _split(self, row: Sequence[str], key: str) -> int:
         splits, problems = self.splits.of([key if self.given is None else row[self.given]])

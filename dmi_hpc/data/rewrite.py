@@ -20,7 +20,7 @@ from dmi_hpc.data.manifest import (
     split_of,
 )
 from dmi_hpc.data.ragged import Ragged
-from dmi_hpc.data.reader import ShardSet
+from dmi_hpc.data.reader import Backend, ShardSet
 from dmi_hpc.data.storage import decoded_bytes
 from dmi_hpc.errors import DataError
 
@@ -70,12 +70,19 @@ def rewrite(
     if target.resolve() == source.path.resolve():
         raise DataError(f"{target}: a set cannot be rewritten in its own folder; choose a new one")
     plan = new_plan(source.manifest, changes)
-    rule = None if changes.validation is None else plan.split_rule
-    maker = _SourceRows(source.path.resolve(), tuple(f.name for f in plan.fields), rule, changes)
+    compressed = source.manifest.plan.compression is not None
+    maker = _SourceRows(
+        path=source.path.resolve(),
+        names=tuple(field.name for field in plan.fields),
+        rule=None if changes.validation is None else plan.split_rule,
+        group=changes.group,
+        # in order each block is decoded once; scattered rows need it again and again
+        backend="pread" if compressed and not plan.shuffled else "auto",
+        processes=processes,
+    )
     row_bytes = max(1, decoded_bytes(source.manifest) // len(source))
     rows_per_call = max(ROWS_PER_CALL, _CALL_BYTES // row_bytes)
-    if plan.shuffled and source.manifest.plan.compression is not None:
-        # scattered rows touch every block: decode each once a shard, not once a call
+    if plan.shuffled and compressed:
         rows_per_call = max(rows_per_call, plan.rows_per_shard)
     try:
         return build(target, plan, maker, Alone(), processes, progress, rows_per_call)
@@ -157,13 +164,7 @@ def group_keys(values: Array) -> list[str]:
     return [row.tobytes().hex() for row in values]
 
 
-_open_sets: dict[Path, ShardSet] = {}  # of this process: each worker opens the source once
-
-
-def _opened(path: Path) -> ShardSet:
-    if path not in _open_sets:
-        _open_sets[path] = ShardSet.open(path, verify="read")
-    return _open_sets[path]
+_open_sets: dict[_SourceRows, ShardSet] = {}  # of this process: each worker opens the source once
 
 
 def _close() -> None:
@@ -178,13 +179,22 @@ class _SourceRows:
     path: Path
     names: tuple[str, ...]
     rule: SplitRule | None  # None: each row keeps its split
-    changes: Changes
+    group: str | None
+    backend: Backend
+    processes: int
 
     def __call__(self, ids: Array) -> Mapping[str, Array | Ragged]:
-        rows: dict[str, Array | Ragged] = _opened(self.path).fields(self.names, ids)
+        if self not in _open_sets:
+            _open_sets[self] = ShardSet.open(
+                self.path,
+                verify="read",
+                backend=self.backend,
+                processes_on_node=self.processes,
+            )
+        rows: dict[str, Array | Ragged] = _open_sets[self].fields(self.names, ids)
         if self.rule is not None:
-            group, rule = self.changes.group, self.rule
-            keys = group_keys(ids if group in (None, ROW) else np.asarray(rows[group]))
+            rule = self.rule
+            keys = group_keys(ids if self.group in (None, ROW) else np.asarray(rows[self.group]))
             splits = [split_of(rule.seed, key, rule.validation, rule.test) for key in keys]
             rows[SPLIT.name] = np.array(splits, dtype=np.uint8)
         return rows

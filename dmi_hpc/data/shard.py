@@ -25,7 +25,8 @@ def check_rows(plan: BuildPlan, rows: Rows, where: str) -> int:
 
     where: what the error calls them.
     """
-    count: int | None = None
+    split = rows.get(SPLIT.name)
+    count = len(split) if isinstance(split, np.ndarray) and split.ndim else None
     lengths: dict[str, Array] = {}
     for field in plan.fields:
         if field.name not in rows:

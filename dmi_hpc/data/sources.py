@@ -49,7 +49,7 @@ class MappedSource:
         ]
         self._data, first = map_pieces(pieces, array.numpy, array.shape)
         self._shift = np.array(first, dtype=np.int64) - blocks.entries.starts
-        self._check = CheckOnce(blocks, self._bytes_of) if check else None
+        self._check = CheckOnce(blocks) if check else None
 
     def _bytes_of(self, block: int) -> Array:
         start, stop = self._blocks.span(block)
@@ -58,7 +58,7 @@ class MappedSource:
 
     def take(self, entries: Ids, out: Array) -> None:
         if self._check:
-            self._check.touch(entries)
+            self._check.touch(entries, self._bytes_of)
         if len(self._shift) > 1:
             entries = entries + self._shift[self._blocks.entries.find(entries)]
         # clip: unbuffered, and the bounds are checked by the caller
@@ -66,7 +66,7 @@ class MappedSource:
 
     def read(self, start: int, stop: int, out: Array) -> None:
         if self._check:
-            self._check.touch_range(start, stop)
+            self._check.touch_range(start, stop, self._bytes_of)
         ranges = self._blocks.entries
         while start < stop:
             shard = int(ranges.find(np.array([start]))[0])

@@ -91,7 +91,8 @@ def stage(source: Path, how: Staging) -> Path:
 def staged(source: Path, how: Staging) -> Iterator[Path]:
     """A copy for as long as the block runs; the last user on the node removes it.
 
-    One that `stage` made stays. Raises as `stage` does.
+    One that `stage` made stays; so does one that a process which found it still uses (`find_staged`),
+    until the next user leaves or `remove`. Raises as `stage` does.
     """
     copy, lock = _enter(source, how, keep=False)
     try:

@@ -111,7 +111,7 @@ def _rotational(mount: Mount) -> bool:
     number, source = mount.device, Path(mount.source)
     if source.is_block_device():  # btrfs has a device number of its own
         raw = source.stat().st_rdev
-        number = f"{raw >> 8 & 0xFFF}:{raw & 0xFF | raw >> 12 & ~0xFF}"
+        number = f"{os.major(raw)}:{os.minor(raw)}"
     device = _DEVICES / number
     for flag in (device / "queue/rotational", device.resolve().parent / "queue/rotational"):
         if flag.is_file():

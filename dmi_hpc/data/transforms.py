@@ -207,10 +207,18 @@ def _rotated(name: str, values: Any, rotations: Array, rank: int) -> Any:
             f"field {name!r}: expected float entries (..., {', '.join(['3'] * rank)}) to rotate, "
             f"found {values.dtype} {values.shape[1:]}"
         )
-    turned = rotations.astype(values.dtype)
-    if rank == 1:
-        return np.einsum("nij,n...j->n...i", turned, values)
-    return np.einsum("nij,n...jk,nlk->n...il", turned, values, turned, optimize=True)
+    rotations = rotations.astype(values.dtype)
+    for _ in range(rank):  # rank 2: T R', then its transpose (R T') R' is that of R T R'
+        values = _turned(rotations, values)
+        values = values.swapaxes(-2, -1) if rank == 2 else values
+    return values
+
+
+def _turned(rotations: Array, vectors: Array) -> Array:
+    """R v of the last axis. Not einsum: the last bits of its sums depend on the other rows."""
+    each = rotations.reshape(len(rotations), *(1 for _ in vectors.shape[2:]), 3, 3)
+    x, y, z = (each[..., j] * vectors[..., j : j + 1] for j in range(3))
+    return np.asarray(x + y + z)
 
 
 def _each(values: Any, change: Any) -> Any:

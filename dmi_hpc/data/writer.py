@@ -40,10 +40,10 @@ class ShardWriter:
     if the disk is full or rows are not what the plan says.
     """
 
-    def __init__(self, folder: Path, plan: BuildPlan) -> None:
+    def __init__(self, folder: Path | str, plan: BuildPlan) -> None:
         if plan.rows is not None:
             raise DataError("a plan to append to has no fixed number of rows (rows=None)")
-        self.folder, self.plan = folder, plan
+        self.folder, self.plan = Path(folder), plan
         self.manifest: Manifest | None = None  # when it is written
         self._held = ExitStack()
         self._buffer: list[dict[str, Array | Ragged]] = []

@@ -253,7 +253,7 @@ def real_data():
 
 def test_oqmd(tmp_path):
     path = real_data() / "elemnet" / "oqmd_formation_enthalpy_val.csv.xz"
-    options = ImportOptions(duplicates="error")
+    options = ImportOptions(duplicates="error", processes=1)
     manifest, report = import_files([path], tmp_path / "set", options)
     assert (manifest.rows, report.bad, report.duplicates) == (51_255, [], [])
     assert manifest.split_rows["test"] / manifest.rows == pytest.approx(0.1, abs=0.005)

@@ -225,7 +225,8 @@ def test_shards_are_cut_by_size(tmp_path, monkeypatch):
     assert [shard.rows for shard in manifest.shards] == [166, 34]
 
 
-def test_provenance_names_files_by_content(tmp_path):
+def test_provenance_names_files_by_content(tmp_path, monkeypatch):
+    monkeypatch.setattr("dmi_hpc.data.importing.files._NAMED", 10)
     path = table(tmp_path / "t.csv")
     manifest, _ = import_files([path], tmp_path / "a", ImportOptions(processes=2))
     (entry,) = manifest.plan.provenance["files"]
@@ -234,11 +235,11 @@ def test_provenance_names_files_by_content(tmp_path):
     assert "processes" not in manifest.plan.provenance["options"]
     folder = tmp_path / "many"
     folder.mkdir()
-    for i in range(120):
+    for i in range(12):
         (folder / f"{i:03d}.csv").write_text("x\n1\n")
     manifest, _ = import_files([folder], tmp_path / "b", ImportOptions())
     (entry,) = manifest.plan.provenance["files"]
-    assert (entry["name"], entry["files"]) == ("many", 120)
+    assert (entry["name"], entry["files"]) == ("many", 12)
     (folder / "000.csv").write_text("x\n2\n")
     other, _ = import_files([folder], tmp_path / "c", ImportOptions())
     assert other.plan.provenance["files"][0]["xxh3"] != entry["xxh3"]

@@ -83,13 +83,13 @@ def test_bad_cells_are_named_by_line_and_column(tmp_path):
         FieldSpec(name="x"), FieldSpec(name="n", dtype="int16"), FieldSpec(name="s")
     ))  # fmt: skip
     path = tmp_path / "table.csv"
-    assert sorted(map(str, report.bad)) == [
-        f"{path}:10: x: expected a number, found '1_0'",
+    assert list(map(str, report.bad)) == [
         f"{path}:3: x: expected a number, found 'n/a'",
         f"{path}:4: x: expected a number, found nothing",
         f"{path}:5: n: 4.5 cannot be stored as int16",
         f"{path}:6: expected 3 cells, found 2",
         f"{path}:7: x: expected finite values, found inf",
+        f"{path}:10: x: expected a number, found '1_0'",
     ]
     assert read(tmp_path, "x", "s") == [[1.5, 4.5], [b"a", b"f"]]
     assert (report.read, report.kept, manifest.rows) == (8, 2, 2)
@@ -108,9 +108,10 @@ def test_bad_cells_are_an_error_unless_skipped(tmp_path):
     assert not (tmp_path / "set").exists()
 
 
-def test_counting_bad_records_ends_somewhere(tmp_path):
-    with pytest.raises(DataError, match=r"or more records cannot be used"):
-        run(tmp_path, "v\n" + "1\nx\n" * 200_000)
+def test_counting_bad_records_ends_somewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("dmi_hpc.data.importing.csvs._CHUNK_BYTES", 2**12)
+    with pytest.raises(DataError, match=r"^1\d\d\d or more records cannot be used"):
+        run(tmp_path, "v\n" + "1\nx\n" * 20_000)
 
 
 @pytest.mark.parametrize(("dtype", "text", "reason"), [
@@ -203,7 +204,7 @@ def test_memory_does_not_grow_with_the_table(tmp_path, monkeypatch):
     def peak(lines):
         path = tmp_path / f"{lines}.csv"
         path.write_text("x,y,name\n" + "".join(f"{i}.5,{i},n{i % 99}\n" for i in range(lines)))
-        options = ImportOptions(rows_per_shard=2000, processes=1)
+        options = ImportOptions(rows_per_shard=1000, processes=1)
         tracemalloc.start()
         try:
             import_files([path], tmp_path / f"set{lines}", options)
@@ -212,7 +213,7 @@ def test_memory_does_not_grow_with_the_table(tmp_path, monkeypatch):
             tracemalloc.stop()
 
     peak(1000)  # what is loaded once
-    small, large = peak(6_000), peak(36_000)
+    small, large = peak(3_000), peak(18_000)
     assert large < 1.2 * small + 2**19
 
 

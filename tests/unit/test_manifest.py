@@ -218,7 +218,9 @@ VALUES = st.one_of(
     st.sampled_from(["..", "../a", "/", "a/b", "\0", "split", "manifest.json", "x", "node", "S5"]),
     st.sampled_from(["float64", "int8", "<f4", "f4,f4", "(3)f4", "V8", "O", "train", "zstd"]),
     st.lists(st.integers(-2, 2**40), max_size=20),
-    st.recursive(st.just({}), lambda inner: st.dictionaries(st.text(max_size=2), inner), max_leaves=9),
+    st.recursive(
+        st.just({}), lambda inner: st.dictionaries(st.text(max_size=2), inner), max_leaves=9
+    ),
     st.integers(1, 600).map(lambda depth: json.loads('{"a":' * depth + "1" + "}" * depth)),
 )
 

@@ -81,7 +81,7 @@ def test_maps_live_as_long_as_the_last_view(tmp_path):
     del whole
     assert len(mapped(tmp_path)) == 2
     assert np.array_equal(row, contents[1][5, 1:], equal_nan=True)
-    links = [os.readlink(p) for p in Path("/proc/self/fd").iterdir() if p.is_symlink()]
+    links = [str(p.readlink()) for p in Path("/proc/self/fd").iterdir() if p.is_symlink()]
     assert not [link for link in links if link.startswith(str(tmp_path))]
     del row
     assert not mapped(tmp_path)

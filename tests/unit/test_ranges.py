@@ -11,7 +11,9 @@ LENGTHS = st.one_of(
     st.lists(st.integers(1, 300), min_size=1, max_size=20),
     st.lists(st.sampled_from([1, 2, 2**16, 2**40]), min_size=1, max_size=6),
     # as shards are: equal, the last shorter
-    st.builds(lambda n, k, last: [n] * k + [last], st.integers(1, 50), st.integers(1, 9), st.just(1)),
+    st.builds(
+        lambda n, k, last: [n] * k + [last], st.integers(1, 50), st.integers(1, 9), st.just(1)
+    ),
 )
 
 

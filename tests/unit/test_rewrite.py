@@ -60,7 +60,7 @@ def test_without_changes_rows_and_splits_stay(original, tmp_path):
     resplit=st.booleans(),
 )
 @settings(
-    deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_no_row_is_lost_repeated_or_changed(
     original, tmp_path, shuffle, codec, rows_per_shard, resplit

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 from itertools import chain
 from pathlib import Path
 
@@ -203,8 +204,11 @@ def test_workers_of_a_data_loader_are_refused(folder):
     reading = iter(loader)
     with pytest.raises(DataError, match=r"would read every batch once more.*num_workers=0"):
         next(reading)
-    for worker in reading._workers:  # torch waits 5 s for each otherwise
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in reading._workers:  # after an error torch waits 5 s for each
         worker.kill()
+    reading._shutdown_workers()
+    signal.signal(signal.SIGCHLD, handler)
     with pytest.raises(DataError, match="works in the process that has made it"):
         pickle.dumps(loader)  # where workers are spawned
 
@@ -331,14 +335,22 @@ def test_to_device_of_a_cpu_gives_the_tensors_themselves():
         assert moved["x"] is given_["x"]
 
 
+class Move:
+    """A copy under way from page-locked memory."""
+
+    def __init__(self, gpu, pinned):
+        self.key, self.done = pinned.key, False
+        self.source = weakref.ref(pinned, lambda _: self.done or gpu.broken.append(self.key))
+
+
 class Gpu:
     """Keeps the rules of CUDA that the copies rely on, not its arithmetic.
 
-    A copy is done when its stream is waited for; until then its source must be held.
+    A copy is done when its stream is waited for; if its source is given back before, it is broken.
     """
 
     def __init__(self, monkeypatch):
-        self.running, self.current, self.log = [], "main", []
+        self.running, self.current, self.waited_for, self.broken = [], "main", [], []
         for name in ("Stream", "Event", "stream", "current_stream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
@@ -346,8 +358,8 @@ class Gpu:
         return types.SimpleNamespace(synchronize=self.synchronize)
 
     def synchronize(self):
-        for copy in self.running:
-            copy.done = True
+        for move in self.running:
+            move.done = True
         self.running.clear()
 
     @contextlib.contextmanager
@@ -357,78 +369,77 @@ class Gpu:
         self.current = "main"
 
     def Event(self):
-        before = types.SimpleNamespace(copies=[])
-        before.record = lambda _: before.copies.extend(self.running)
-        before.query = lambda: all(copy.done for copy in before.copies)
-        return before
+        event = types.SimpleNamespace(before=[])
+        event.record = lambda _: event.before.extend(self.running)
+        event.query = lambda: all(move.done for move in event.before)
+        return event
 
     def current_stream(self, _):
-        return types.SimpleNamespace(wait_event=lambda event: self.log.append(event))
+        return types.SimpleNamespace(wait_event=self.waited_for.append)
 
 
 class Pinned:
-    """A page-locked tensor; `move` remembers that a copy from it is under way."""
+    """A page-locked tensor."""
 
     def __init__(self, gpu, key):
-        self.gpu, self.key, self.done, self.streams = gpu, key, False, []
+        self.gpu, self.key = gpu, key
 
     def to(self, _, non_blocking):
         assert non_blocking
         assert self.gpu.current == "copies"
-        self.gpu.running.append(self)
-        return types.SimpleNamespace(key=self.key, record_stream=self.streams.append)
-
-    def __del__(self):
-        assert self.done or self not in self.gpu.running
+        self.gpu.running.append(Move(self.gpu, self))
+        streams = []
+        return types.SimpleNamespace(key=self.key, streams=streams, record_stream=streams.append)
 
 
-def copies(gpu, count, made):
+def copies(gpu, count):
     for key in range(count):
-        pinned = Pinned(gpu, key)
-        made.append((key, pinned.streams))
-        yield key, {"x": pinned}
+        gpu.made = key + 1
+        yield key, {"x": Pinned(gpu, key)}
 
 
-def held(gpu):
-    """Sources of running copies that somebody beside this list of running ones holds."""
-    return [copy.key for copy in gpu.running if sys.getrefcount(copy) > 3]
+GPU = types.SimpleNamespace(type="cuda")
 
 
 def test_copies_to_a_gpu_run_one_batch_ahead(monkeypatch):
-    gpu, made, keys = Gpu(monkeypatch), [], []
-    for key, tensors in device.to_device(copies(gpu, 5, made), types.SimpleNamespace(type="cuda")):
+    gpu, keys = Gpu(monkeypatch), []
+    for key, tensors in device.to_device(copies(gpu, 5), GPU):
         keys.append(key)
         assert tensors["x"].key == key
-        assert len(made) == min(key + 2, 5)  # the next one is under way
-        assert len(gpu.log) == key + 1  # the step's stream waits for this copy
-        assert gpu.log[-1].copies[-1].key == key
-        assert len(made[key][1]) == 1  # and its memory is recorded there
-        assert held(gpu) == [k for k, _ in made]  # nothing is done yet: nothing is read into
+        assert gpu.made == min(key + 2, 5)  # the next one is under way
+        assert len(gpu.waited_for) == key + 1  # the step's stream waits for this copy
+        assert gpu.waited_for[-1].before[-1].key == key
+        assert len(tensors["x"].streams) == 1  # and its memory is recorded there
+        assert gpu.broken == []  # nothing is done yet: no buffer may be read into again
     assert keys == [0, 1, 2, 3, 4]
-    assert gpu.running == []
+    assert (gpu.running, gpu.broken) == ([], [])
 
 
 def test_buffers_are_given_back_when_their_copies_are_done(monkeypatch):
-    gpu, made = Gpu(monkeypatch), []
-    moving = device.to_device(copies(gpu, 9, made), types.SimpleNamespace(type="cuda"))
-    for key, _ in moving:
+    gpu = Gpu(monkeypatch)
+    moves = []
+    for key, _ in device.to_device(copies(gpu, 9), GPU):
+        moves += [move for move in gpu.running if move not in moves]
+        alive = [move.key for move in moves if move.source() is not None]
         if key == 3:
+            assert alive == [0, 1, 2, 3, 4]
             gpu.synchronize()
-        if key == 4:
-            assert held(gpu) == [5]
-            break
+        if key == 5:
+            # 4 is the last that was asked about; of 5 and 6 the copies are under way
+            assert alive == [5, 6]
+    assert gpu.broken == []
 
 
 @pytest.mark.parametrize("how", ["left", "failed"])
 def test_no_copy_is_under_way_when_the_loop_has_ended(monkeypatch, how):
-    gpu, made = Gpu(monkeypatch), []
+    gpu = Gpu(monkeypatch)
 
     def batches():
-        yield from copies(gpu, 3, made)
+        yield from copies(gpu, 3)
         raise ZeroDivisionError
 
     with contextlib.suppress(ZeroDivisionError):
-        for key, _ in device.to_device(batches(), types.SimpleNamespace(type="cuda")):
+        for key, _ in device.to_device(batches(), GPU):
             if how == "left" and key == 1:
                 break
-    assert gpu.running == []
+    assert (gpu.running, gpu.broken) == ([], [])

@@ -247,7 +247,9 @@ def test_a_flipped_bit_is_found_when_it_is_read(stored, tmp_path, backend):
         regions = list(damaged.regions(shard))
         if k % 3:  # in data, each array as often as the others
             name = manifest.plan.arrays[k % len(manifest.plan.arrays)].name
-            start, stop, *_ = regions[rng.choice([i for i, r in enumerate(regions) if r[2] == name])]
+            start, stop, *_ = regions[
+                rng.choice([i for i, r in enumerate(regions) if r[2] == name])
+            ]
         else:
             start, stop = 0, shard.bytes
         bit = int(rng.integers(8 * start, 8 * stop))
@@ -378,9 +380,9 @@ def test_places_of_another_layout_are_found(tmp_path):
         write_manifest(tmp_path, edited(manifest, 0, "x", **changes))
         with pytest.raises(CorruptShardError, match=r"shard-00000\.h5: x: data and block table at"):
             ShardSet.open(tmp_path)
-        with ShardSet.open(tmp_path, verify="read") as shards:
-            with pytest.raises(CorruptShardError, match=r"shard-00000\.h5: field 'x'"):
-                shards.gather("x", np.arange(10))
+        refused = pytest.raises(CorruptShardError, match=r"shard-00000\.h5: field 'x'")
+        with ShardSet.open(tmp_path, verify="read") as shards, refused:
+            shards.gather("x", np.arange(10))
 
 
 def test_a_plan_edited_afterwards_is_found(tmp_path):
@@ -389,7 +391,7 @@ def test_a_plan_edited_afterwards_is_found(tmp_path):
     plan = manifest.plan.model_copy(update={"fields": (other, *manifest.plan.fields[1:])})
     write_manifest(tmp_path, manifest.model_copy(update={"plan": plan}))
     assert read_manifest(tmp_path).field("x").unit == "MPa"
-    with pytest.raises(CorruptShardError, match="written for plan .*was edited or belongs"):
+    with pytest.raises(CorruptShardError, match=r"written for plan .*was edited or belongs"):
         ShardSet.open(tmp_path)
 
 
@@ -411,9 +413,9 @@ def test_offsets_that_lie_are_no_way_out_of_the_array(tmp_path, backend):
     forged = edited(manifest, 0, "_axes.node", xxh3=xxhash.xxh3_64_hexdigest(table.tobytes()))
     first = forged.shards[0].model_copy(update={"xxh3": digest})
     write_manifest(tmp_path, forged.model_copy(update={"shards": (first, *forged.shards[1:])}))
-    with ShardSet.open(tmp_path, backend=backend) as shards:
-        with pytest.raises(CorruptShardError, match=r"shard-00000.*axis 'node': row 2 of the set"):
-            shards.gather("z", np.arange(20))
+    refused = pytest.raises(CorruptShardError, match=r"shard-00000.*axis 'node': row 2 of the set")
+    with ShardSet.open(tmp_path, backend=backend) as shards, refused:
+        shards.gather("z", np.arange(20))
 
 
 def test_an_axis_all_of_whose_rows_are_empty(tmp_path):
@@ -421,4 +423,8 @@ def test_an_axis_all_of_whose_rows_are_empty(tmp_path):
     none = Ragged(np.empty(0, np.uint8), np.zeros(4, np.int64))
     arrays = {"z": none, "split": np.zeros(3, np.uint8)}
     record = write_shard(tmp_path / "a", toy.make_plan(None, fields=fields), arrays)
-    assert record.arrays["z"].model_dump(exclude={"xxh3"}) == {"offset": 0, "length": 0, "blocks": 0}
+    assert record.arrays["z"].model_dump(exclude={"xxh3"}) == {
+        "offset": 0,
+        "length": 0,
+        "blocks": 0,
+    }

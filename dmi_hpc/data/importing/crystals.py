@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dmi_hpc.data.importing.optional import library
+from dmi_hpc.data.importing.optional import library, readable
 from dmi_hpc.errors import DataError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -65,16 +65,17 @@ class Crystal:
         return "".join(f"{symbol}{n}" if n > 1 else symbol for symbol, n in parts)
 
 
+def _quiet() -> warnings.catch_warnings[None]:
+    """A structure is used or it is not: what a library thinks of it besides is dropped."""
+    return warnings.catch_warnings(action="ignore")
+
+
 def from_cif(text: str) -> Crystal:
     """The one structure of a CIF, in its conventional cell as written. Raises DataError."""
     from pymatgen.io.cif import CifParser
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = CifParser(io.StringIO(text)).parse_structures(primitive=False, on_error="raise")
-    except _UNREADABLE as error:
-        raise DataError(f"not a readable CIF: {_short(error)}") from None
+    with readable("not a readable CIF"), _quiet():
+        found = CifParser(io.StringIO(text)).parse_structures(primitive=False, on_error="raise")
     if len(found) != 1:
         raise DataError(f"holds {len(found)} structures, expected one")
     return from_structure(found[0])
@@ -84,24 +85,11 @@ def from_poscar(text: str) -> Crystal:
     """Raises DataError, also where the file names no elements (VASP 4)."""
     from pymatgen.io.vasp import Poscar
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = Poscar.from_str(text, read_velocities=False)
-    except _UNREADABLE as error:
-        raise DataError(f"not a readable POSCAR: {_short(error)}") from None
+    with readable("not a readable POSCAR"), _quiet():
+        found = Poscar.from_str(text, read_velocities=False)
     if not found.true_names:
         raise DataError("names no elements (a POSCAR of VASP 4): add the line of symbols")
     return from_structure(found.structure)
-
-
-_UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError,
-               ArithmeticError, np.linalg.LinAlgError, RecursionError)  # fmt: skip
-
-
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def from_structure(structure: Any) -> Crystal:
@@ -133,12 +121,8 @@ def _array(values: Any) -> Array | None:
 def from_extxyz(text: str) -> Crystal:
     """One frame. Raises DataError."""
     ase = library("ase.io.extxyz", "extended XYZ files")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            atoms = next(ase.read_extxyz(io.StringIO(text), index=0))
-    except (*_UNREADABLE, ase.XYZError, OSError, StopIteration) as error:
-        raise DataError(f"not a readable frame: {_short(error)}") from None
+    with readable("not a readable frame"), _quiet():
+        atoms = next(ase.read_extxyz(io.StringIO(text), index=0))
     results = dict(atoms.calc.results) if atoms.calc is not None else {}
     n = len(atoms)
     arrays = {k: v for k, v in atoms.arrays.items() if k not in ("numbers", "positions")}
@@ -193,23 +177,17 @@ def from_json(record: Any) -> Crystal:
 def _from_dict(value: Mapping[str, Any]) -> Crystal:
     from pymatgen.core import Structure
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if not _jarvis(value):
-                return from_structure(Structure.from_dict(value))
-            return from_structure(
-                Structure(
-                    value["lattice_mat"],
-                    [str(element).strip() for element in value["elements"]],
-                    value["coords"],
-                    coords_are_cartesian=bool(value.get("cartesian", False)),
-                )
+    with readable("not a readable structure"), _quiet():
+        if not _jarvis(value):
+            return from_structure(Structure.from_dict(value))
+        return from_structure(
+            Structure(
+                value["lattice_mat"],
+                [str(element).strip() for element in value["elements"]],
+                value["coords"],
+                coords_are_cartesian=bool(value.get("cartesian", False)),
             )
-    except DataError:
-        raise
-    except _UNREADABLE as error:
-        raise DataError(f"not a readable structure: {_short(error)}") from None
+        )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from dmi_hpc.data.importing.optional import readable
 from dmi_hpc.data.importing.records import BadRecord, Chunk
 from dmi_hpc.errors import DataError
 
@@ -71,12 +72,9 @@ class CsvFiles:
 
     @contextmanager
     def _reading(self, file: Path) -> Iterator[tuple[Iterator[str], BinaryIO]]:
-        try:
-            with opened(file) as (content, raw):
-                # utf-8-sig: spreadsheets begin their files with a byte order mark
-                yield io.TextIOWrapper(content, encoding="utf-8-sig", newline=""), raw
-        except (OSError, EOFError, UnicodeDecodeError, csv.Error, lzma.LZMAError) as error:
-            raise DataError(f"{file}: not a readable table: {error}") from None
+        with readable(f"{file}: not a readable table"), opened(file) as (content, raw):
+            # utf-8-sig: spreadsheets begin their files with a byte order mark
+            yield io.TextIOWrapper(content, encoding="utf-8-sig", newline=""), raw
 
     def index(self, column: str) -> int:
         """Raises DataError that lists the columns there are."""
@@ -119,6 +117,11 @@ class CsvFiles:
         except csv.Error as error:
             raise DataError(f"{name}:{line}: not a readable table: {error}") from None
         return rows, numbers, bad
+
+
+def by_line(bad: Iterable[BadRecord]) -> tuple[BadRecord, ...]:
+    """In the order of the file."""
+    return tuple(sorted(bad, key=lambda record: int(record.where.rpartition(":")[2])))
 
 
 def _some(records: Iterator[list[str]]) -> tuple[str, ...]:

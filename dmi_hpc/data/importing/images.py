@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from pydantic import JsonValue
 
 from dmi_hpc.data.importing.files import Inputs
 from dmi_hpc.data.importing.labels import Labels, labels_of, names_of
-from dmi_hpc.data.importing.optional import library
+from dmi_hpc.data.importing.optional import library, readable
 from dmi_hpc.data.importing.options import ImportOptions
 from dmi_hpc.data.importing.records import BadRecord, Batch, Chunk, PlainSource
 from dmi_hpc.data.importing.rows import Splits, good_rows, with_split
@@ -255,26 +253,14 @@ class _Masks:
         return None
 
 
-_UNREADABLE = (
-    OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError,
-    EOFError, RuntimeError, struct.error, zlib.error,
-)  # fmt: skip
-
-
 def read_image(file: Path, *, palette: bool = False) -> Array:
     """(channels, height, width) uint8, uint16 or float32. palette: numbers instead of colours.
 
     Pages of a TIFF are channels. Raises DataError.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tiff = file.suffix.lower() in (".tif", ".tiff")
-            found = _read_tiff(file) if tiff else _read_png(file, palette)
-    except _UNREADABLE as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"not a readable image: {error}") from None
+    with readable("not a readable image"), warnings.catch_warnings(action="ignore"):
+        tiff = file.suffix.lower() in (".tif", ".tiff")
+        found = _read_tiff(file) if tiff else _read_png(file, palette)
     if found.dtype.name not in _TYPES:
         raise DataError(f"expected {', '.join(_TYPES)}, found {found.dtype}")
     if found.dtype.kind == "f" and not np.isfinite(found).all():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -12,6 +11,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from dmi_hpc.data.hdf5 import describe_datasets, read_dataset
+from dmi_hpc.data.importing.optional import readable
 from dmi_hpc.errors import DataError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -45,10 +45,8 @@ class NpyStore:
 
 
 def _mapped(file: Path) -> Array:
-    try:
+    with readable(f"{file}: not a readable .npy file"):
         return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{file}: not a readable .npy file: {error}") from None
 
 
 class NpzStore:
@@ -56,25 +54,21 @@ class NpzStore:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        try:
+        with readable(f"{file}: not a readable .npz file"):
             self.archive = zipfile.ZipFile(file)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"{file}: not a readable .npz file: {error}") from None
         names = [n.removesuffix(".npy") for n in self.archive.namelist() if n.endswith(".npy")]
         self.streams: dict[str, tuple[IO[bytes], int]] = {}  # array -> (stream, next entry)
         self.heads = {name: self._open(name) for name in names}
 
     def _open(self, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         """Shape, whether in Fortran order, dtype; the stream then stands at the first entry."""
-        try:
+        with readable(f"{self.file}: array {name!r} is not readable"):
             stream = self.archive.open(f"{name}.npy")
             version = np.lib.format.read_magic(stream)
             reader = {1: np.lib.format.read_array_header_1_0}.get(
                 version[0], np.lib.format.read_array_header_2_0
             )
             shape, fortran, dtype = reader(stream)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise DataError(f"{self.file}: array {name!r} is not readable: {error}") from None
         if dtype.hasobject:
             raise DataError(
                 f"{self.file}: array {name!r} holds Python objects, not numbers or text"
@@ -96,11 +90,9 @@ class NpzStore:
             self._open(name)
         stream, at = self.streams[name]
         size = dtype.itemsize * math.prod(shape[1:])
-        try:
+        with readable(f"{self.file}: array {name!r} is damaged"):
             _skip(stream, (start - at) * size)
             raw = stream.read((stop - start) * size)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(f"{self.file}: array {name!r} is damaged: {error}") from None
         if len(raw) != (stop - start) * size:
             raise DataError(f"{self.file}: array {name!r} ends before its shape says")
         self.streams[name] = stream, stop
@@ -117,16 +109,15 @@ class H5Store:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.found = describe_datasets(file)
+        with readable(f"{file}: not readable as HDF5"):
+            self.found = describe_datasets(file)
 
     def shapes(self) -> Shapes:
         return self.found
 
     def read(self, name: str, start: int, stop: int) -> Array:
-        try:
+        with readable(f"{self.file}: {name}: cannot be read"):
             return read_dataset(self.file, name, start, stop)
-        except OSError as error:
-            raise DataError(f"{self.file}: {name}: cannot be read: {error}") from None
 
 
 def stores_of(files: Sequence[Path], suffix: str) -> list[Store]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import lzma
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,15 +31,6 @@ class Record:
 
 
 Placed = Iterator[tuple[Record | BadRecord, int]]  # and bytes of the file read so far
-
-
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Name the file where it cannot be read at all."""
-    try:
-        yield
-    except (OSError, EOFError, lzma.LZMAError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
 
 
 def xyz_frames(file: Path, name: str) -> Placed:

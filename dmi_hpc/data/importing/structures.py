@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lzma
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ from dmi_hpc.data.importing.crystals import (
 from dmi_hpc.data.importing.csvs import opened
 from dmi_hpc.data.importing.files import Inputs
 from dmi_hpc.data.importing.labels import labels_of, names_of
+from dmi_hpc.data.importing.optional import readable
 from dmi_hpc.data.importing.options import ROW, ImportOptions
 from dmi_hpc.data.importing.properties import Found, Properties, cells_of
 from dmi_hpc.data.importing.records import BadRecord, Batch, Chunk, PlainSource
 from dmi_hpc.data.importing.rows import Splits, good_rows, with_split
-from dmi_hpc.data.importing.structure_files import Record, json_records, reading, xyz_frames
+from dmi_hpc.data.importing.structure_files import Record, json_records, xyz_frames
 from dmi_hpc.data.importing.values import Problems
 from dmi_hpc.data.manifest import Field
 from dmi_hpc.data.ragged import Ragged
@@ -125,7 +125,7 @@ class Structures(PlainSource):
                 done += 1 if self.one_each else file.stat().st_size
                 yield Record(str(file), self._name(file), name, None, file), done
                 continue
-            with reading(file):
+            with readable(f"{file}: cannot be read"):
                 read = json_records if name == "json" else xyz_frames
                 for record, at in read(file, self._name(file)):
                     yield record, done + at
@@ -234,11 +234,8 @@ class Structures(PlainSource):
     def _crystal(self, record: Record) -> Crystal:
         content = record.content
         if content is None:
-            try:
-                with opened(record.file) as (stream, _):
-                    content = stream.read().decode(errors="replace")
-            except (OSError, EOFError, lzma.LZMAError) as error:
-                raise DataError(f"cannot be read: {error}") from None
+            with readable("cannot be read"), opened(record.file) as (stream, _):
+                content = stream.read().decode(errors="replace")
         return _PARSERS[record.format](content)
 
 

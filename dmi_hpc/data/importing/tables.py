@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dmi_hpc.data.importing.csvs import CsvFiles, Lines
-from dmi_hpc.data.importing.optional import library
+from dmi_hpc.data.importing.csvs import CsvFiles, Lines, by_line
+from dmi_hpc.data.importing.optional import library, readable
 from dmi_hpc.data.importing.options import ImportOptions, field_name
 from dmi_hpc.data.importing.records import Batch, Chunk, PlainSource
 from dmi_hpc.data.importing.rows import Splits, good_rows, with_split
@@ -163,7 +164,8 @@ class CsvTable(_Table):
         if self.decides is not None:
             with_split(columns, problems, self.splits, self._cells(rows, self.decides))
         name = self.files[lines.file]
-        return good_rows(columns, problems, lambda row: f"{name}:{numbers[row]}", bad)
+        batch = good_rows(columns, problems, lambda row: f"{name}:{numbers[row]}", bad)
+        return replace(batch, bad=by_line(batch.bad))
 
 
 class ParquetTable(_Table):
@@ -177,12 +179,12 @@ class ParquetTable(_Table):
         parquet = _parquet()
         schemas, self.total = [], 0
         for file in files:
-            try:
-                with parquet.ParquetFile(file) as table:
-                    schemas.append(table.schema_arrow)
-                    self.total += table.metadata.num_rows
-            except (OSError, ValueError) as error:
-                raise DataError(f"{file}: not a readable Parquet file: {error}") from None
+            with (
+                readable(f"{file}: not a readable Parquet file"),
+                parquet.ParquetFile(file) as table,
+            ):
+                schemas.append(table.schema_arrow)
+                self.total += table.metadata.num_rows
             if not schemas[0].equals(schemas[-1]):
                 raise DataError(f"{file}: other columns or types than {files[0]}; import it alone")
         super().__init__(schemas[0].names, options, str(files[0]))
@@ -213,7 +215,8 @@ class ParquetTable(_Table):
         done = 0
         for number, file in enumerate(self.files):
             row = 0
-            with _parquet().ParquetFile(file) as table:
+            problem = f"{file}: not a readable Parquet file"
+            with readable(problem), _parquet().ParquetFile(file) as table:
                 for batch in table.iter_batches(_PARQUET_ROWS, columns=list(columns)):
                     done += batch.num_rows
                     yield Chunk((number, row, batch), done)
@@ -245,7 +248,8 @@ class ParquetTable(_Table):
         problems: dict[str, Problems] = {}
         for column in self.columns:
             values = batch.column(batch.schema.get_field_index(column.source))
-            columns[column.name], problems[column.source] = _values(column.field, values)
+            with readable(f"{self.files[number]}: column {column.source!r} is damaged"):
+                columns[column.name], problems[column.source] = _values(column.field, values)
         if self.decides is not None:
             keys = batch.column(batch.schema.get_field_index(self.decides)).to_pylist()
             with_split(columns, problems, self.splits, [str(key) for key in keys])

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -120,14 +120,17 @@ def from_texts(field: Field, cells: Sequence[str]) -> tuple[Array, Problems]:
 def _integers(field: Field, cells: Sequence[str]) -> tuple[Array, Problems]:
     """Of texts of numbers; never through a float, which is exact only below 2**53."""
     limits, problems = np.iinfo(field.dtype), {}
+    if all(map(_INTEGER.fullmatch, cells)):
+        whole = list(map(int, cells))
+        if limits.min <= min(whole, default=0) and max(whole, default=0) <= limits.max:
+            return np.array(whole, dtype=field.numpy), {}
     numbers = np.zeros(len(cells), dtype=field.numpy)
     for i, cell in enumerate(cells):
-        whole = _INTEGER.fullmatch(cell) is not None
-        if not whole and not math.isfinite(float(cell)):
+        if not math.isfinite(float(cell)):
             problems[i] = f"expected finite values, found {float(cell)}"
             continue
-        exact = int(cell) if whole else Fraction(cell.strip())
-        if exact != int(exact):
+        exact = Decimal(cell.strip())
+        if exact != exact.to_integral_value():
             problems[i] = f"{cell.strip()} cannot be stored as {field.dtype}"
         elif not limits.min <= exact <= limits.max:
             problems[i] = f"{cell.strip()} is out of the range of {field.dtype}"
