@@ -80,7 +80,7 @@ def read(folder: Path, batch: int) -> Epoch:
     return epoch
 
 
-def verified(folder: Path, batch: int, verify: str, epochs: int) -> Epoch:
+def verified(folder: Path, batch: int, verify: Any, epochs: int) -> Epoch:
     """Open the set anew and read it so many times."""
     from dmi_hpc.data import ShardLoader, ShardSet
 

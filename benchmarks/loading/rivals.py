@@ -135,7 +135,8 @@ class _Hdf5Rows:
     """Opened where it is read: HDF5 handles do not survive a fork."""
 
     def __init__(self, path: Path, rows: int) -> None:
-        self.path, self.rows, self.data = path, rows, None
+        self.path, self.rows = path, rows
+        self.data: Any = None
 
     def __len__(self) -> int:
         return self.rows

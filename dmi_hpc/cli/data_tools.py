@@ -41,8 +41,8 @@ def info(
 ) -> None:
     """Show what a set holds: fields, units, sizes, splits, histograms, origin."""
     from dmi_hpc.cli.data_show import info_json, info_lines
+    from dmi_hpc.data.committed import check_size
     from dmi_hpc.data.manifest import read_manifest
-    from dmi_hpc.data.reader import check_size
     from dmi_hpc.data.storage import stored_bytes
 
     manifest = read_manifest(path)

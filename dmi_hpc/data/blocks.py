@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Callable
@@ -38,6 +39,11 @@ class ArrayBlocks:
         self.counts = counts
         self.base = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._tables: dict[int, Array] = {}
+
+    @property
+    def mappable(self) -> bool:
+        """Whether all shards hold the array as it is in memory, from the start of a page on."""
+        return not self.compressed and all(s.offset % mmap.PAGESIZE == 0 for s in self.stored)
 
     @property
     def total(self) -> int:

@@ -6,16 +6,11 @@ The manifest is written last; until then there is no set, and the same build con
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +41,7 @@ from dmi_hpc.data.parts import (
 from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.sampler import Order
 from dmi_hpc.data.shard import check_rows, concatenate
+from dmi_hpc.data.workers import CONTEXT, pool
 from dmi_hpc.errors import DataError, DMIError, together
 from dmi_hpc.files import exclusive, remove_stale, writing
 
@@ -56,7 +52,6 @@ MakeRows = Callable[[Array], Mapping[str, "Array | Ragged"]]
 
 ROWS_PER_CALL = 16  # of make_rows: how finely progress is reported and a stop obeyed
 _POLL_S = 0.25
-_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Communicator(Protocol):
@@ -263,14 +258,10 @@ class _Work:
 def _in_processes(
     work: _Work, shards: range, processes: int, progress: Callable[[int], None]
 ) -> dict[int, Part]:
-    context = multiprocessing.get_context("spawn")
-    counter, stop = context.Value("q", 0), context.Event()
+    counter, stop = CONTEXT.Value("q", 0), CONTEXT.Event()
     workers = max(1, min(processes, len(shards)))
-    with (
-        _one_thread_each(),
-        ProcessPoolExecutor(workers, context, _start_worker, (work, counter, stop)) as pool,
-    ):
-        futures = {shard: pool.submit(_one_shard, shard) for shard in shards}
+    with pool(workers, _start_worker, (work, counter, stop)) as executor:
+        futures = {shard: executor.submit(_one_shard, shard) for shard in shards}
         waiting, reported = set(futures.values()), 0
         try:
             while waiting:
@@ -287,23 +278,7 @@ def _in_processes(
             ) from error
         finally:
             stop.set()
-            pool.shutdown(cancel_futures=True)  # waits: a worker may still be starting
     return {shard: future.result() for shard, future in futures.items()}
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Spawned children read these when they load numpy and torch."""
-    before = {name: os.environ.get(name) for name in _ONE_THREAD}
-    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 _worker: tuple[_Work, Any, Event] | None = None  # set once in each worker process
@@ -312,16 +287,6 @@ _worker: tuple[_Work, Any, Event] | None = None  # set once in each worker proce
 def _start_worker(work: _Work, counter: Any, stop: Event) -> None:
     global _worker
     _worker = work, counter, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """A killed parent cannot stop its pool: without this its workers would stay for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "runs in workers only"
-    wait_for([parent.sentinel])
-    os._exit(1)
 
 
 def _one_shard(shard: int) -> Part:

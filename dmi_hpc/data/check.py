@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-import psutil
 import xxhash
 
 from dmi_hpc.data.blocks import ArrayBlocks
+from dmi_hpc.data.committed import check_offsets, checkers
 from dmi_hpc.data.manifest import (
     BLOCK_ENTRY,
     Field,
@@ -22,13 +22,11 @@ from dmi_hpc.data.manifest import (
     read_manifest,
 )
 from dmi_hpc.data.parts import file_checksum
-from dmi_hpc.data.reader import check_offsets
 from dmi_hpc.errors import CorruptShardError, DataError
 from dmi_hpc.files import atomic_file, exclusive, remove_stale, writing
 
 Progress = Callable[[int], None]
 
-_THREADS = 8  # more only wait for the disk
 _PIECE = 1 << 22
 
 
@@ -64,13 +62,9 @@ def find_damage(folder: Path, progress: Progress = lambda count: None) -> tuple[
     readable manifest.
     """
     manifest = read_manifest(folder)
-    with ThreadPoolExecutor(_threads(manifest)) as pool:
+    with ThreadPoolExecutor(checkers(manifest)) as pool:
         found = pool.map(lambda s: _damage_of(folder, manifest, s, progress), manifest.shards)
         return tuple(damage for some in found for damage in some)
-
-
-def _threads(manifest: Manifest) -> int:
-    return min(_THREADS, psutil.cpu_count() or 1, len(manifest.shards))
 
 
 def _damage_of(

@@ -30,6 +30,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 MASTER = "master.h5"
+LARGE_PAGE, LARGE_SHARD = 2**16, 2**27  # bytes
 
 
 def dataset_of(array: str) -> str:
@@ -66,7 +67,8 @@ def lay_out(
     """
     holes: dict[int, int] = {}
     with os.fdopen(os.memfd_create("shard"), "w+b") as scratch:
-        with h5py.File(scratch, "w", alignment_threshold=1, alignment_interval=PAGE) as file:
+        interval = _interval(plan, lengths)
+        with h5py.File(scratch, "w", alignment_threshold=1, alignment_interval=interval) as file:
             _describe(file, attributes)
             file.create_group("_blocks", track_order=False)
             for array in plan.arrays:
@@ -100,6 +102,12 @@ def lay_out(
             start = offset + holes.get(offset, 0)
     # data at the very end of a file may lie past what HDF5 has written
     return Layout(offsets, tables, chunks, pieces, max(size, start))
+
+
+def _interval(plan: BuildPlan, lengths: Mapping[str, int]) -> int:
+    """Large shards can be mapped on machines with pages of 64 KiB; small ones would double in size."""
+    size = sum(lengths[array.name] * array.entry_bytes for array in plan.arrays)
+    return LARGE_PAGE if size >= LARGE_SHARD else PAGE
 
 
 _TABLE = Field(name="table", dtype="uint64", unit="", description="offset, stored bytes, xxh3")

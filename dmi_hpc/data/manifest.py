@@ -358,7 +358,14 @@ def require_identity(recorded: str, found: str, *, maker: str) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Commit a build: atomic and durable."""
-    files.write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+    files.write_json(folder / MANIFEST, sealed(manifest.model_dump(mode="json")))
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest's JSON with the checksum "xxh3" of all else: a flipped digit is not read as data."""
+    rest = {key: value for key, value in content.items() if key != "xxh3"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return {**rest, "xxh3": xxhash.xxh3_64_hexdigest(text.encode())}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -366,6 +373,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_bytes())
+        found = raw.pop("xxh3", None) if isinstance(raw, dict) else None
+        expected = sealed(raw)["xxh3"] if isinstance(raw, dict) else None
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{path}: no such file, so no complete data set is there. Make one with `dmi data "
@@ -383,6 +392,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise FormatVersionError(
             f"{path}: written in version {version} of {FORMAT}; this program reads version "
             f"{VERSION}. {todo} the set again with this version, in a new folder."
+        )
+    if found != expected:
+        raise DataError(
+            f"{path}: expected checksum xxh3 {expected} of its content, found {found}: it is damaged "
+            "or was edited. Put the original back, or build the set again."
         )
     try:
         return Manifest.model_validate(raw)

@@ -6,27 +6,23 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
 import numpy as np
-import psutil
 
 from dmi_hpc.data.blocks import AGAIN, ArrayBlocks
-from dmi_hpc.data.hdf5 import H5Reader, found_offsets
+from dmi_hpc.data.committed import check_files, check_size
+from dmi_hpc.data.hdf5 import H5Reader
 from dmi_hpc.data.manifest import (
     SPLITS,
-    BuildPlan,
     Field,
     Manifest,
-    ShardRecord,
     SplitName,
     axis_array,
     read_manifest,
 )
-from dmi_hpc.data.parts import file_checksum
 from dmi_hpc.data.ragged import Ragged, offsets_of, places_of
 from dmi_hpc.data.ranges import Ranges, Rows
 from dmi_hpc.data.sources import (
@@ -47,7 +43,6 @@ Verify = Literal["open", "read", "none"]
 Allocate = Callable[[str, tuple[int, ...], np.dtype[Any]], Array]
 
 ARENA_BYTES = 256 * 2**20  # of blocks that pread and direct keep, an array
-_CHECKERS = 8  # threads that verify a set: more only wait for the disk
 
 
 def new_array(_: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -271,8 +266,7 @@ class ShardSet:
         blocks = self._numbered(array)
         if self.backend == "h5py":
             return OracleSource(blocks, self._reader)
-        plain = not blocks.compressed
-        if self.backend == "mmap" or (self.backend == "ram" and plain):
+        if self.backend in ("mmap", "ram") and blocks.mappable:
             mapped = MappedSource(blocks, check=self._check)
             return mapped if self.backend == "mmap" else RamSource(mapped, blocks)
         reader = BlockReader(
@@ -282,9 +276,10 @@ class ShardSet:
             check=self._check,
             direct=self.backend == "direct",
         )
+        if not self.reads_blocks:  # a copy, also of small shards where pages are of 64 KiB
+            return RamSource(BlockSource(blocks, reader, slots=4), blocks)
         slots = self._arena_bytes // (blocks.per_block * array.entry_bytes)
-        source = BlockSource(blocks, reader, slots=slots if self.backend != "ram" else 4)
-        return source if self.backend != "ram" else RamSource(source, blocks)
+        return BlockSource(blocks, reader, slots=slots)
 
     def _handle(self, shard: int) -> int:
         """An open file; one a shard, only for back ends that read blocks."""
@@ -368,59 +363,3 @@ def _open(path: Path, flags: int) -> int:
                 f"{path}: this file system has no O_DIRECT. Use backend pread or mmap."
             ) from None
         raise DataError(f"{path}: cannot be opened: {error}") from None
-
-
-def check_size(path: Path, shard: ShardRecord) -> None:
-    """Raise CorruptShardError unless the file is there, as long as it was."""
-    expected = f"expected {shard.bytes} bytes with checksum xxh3 {shard.xxh3}"
-    if not path.is_file():
-        raise CorruptShardError(f"{path}: missing; {expected}. {AGAIN}")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        raise CorruptShardError(f"{path}: {expected}, found {size} bytes. {AGAIN}")
-
-
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compare every file's checksum and offsets with the manifest, several files at once."""
-    checkers = min(_CHECKERS, psutil.cpu_count() or 1, len(manifest.shards))
-    with ThreadPoolExecutor(checkers) as pool:
-        sums = pool.map(lambda s: file_checksum(folder / s.file), manifest.shards)
-        for shard, found in zip(manifest.shards, sums, strict=True):
-            if found != shard.xxh3:
-                path = folder / shard.file
-                blame = _first_bad(folder, manifest, shard)
-                raise CorruptShardError(
-                    f"{path}: expected checksum xxh3 {shard.xxh3}, found {found}{blame}. {AGAIN}"
-                )
-    for shard in manifest.shards:
-        check_offsets(folder / shard.file, manifest.plan, shard)
-
-
-def _first_bad(folder: Path, manifest: Manifest, shard: ShardRecord) -> str:
-    """Which field and block a bad checksum comes from, if it is in one."""
-    alone = manifest.model_copy(update={"shards": (shard,)})
-    for array in manifest.plan.arrays:
-        blocks = ArrayBlocks(folder, alone, array)
-        with (folder / shard.file).open("rb") as stream:
-            try:
-                for block in range(blocks.total):
-                    offset, size, _ = (int(n) for n in blocks.table(0)[block])
-                    blocks.check(block, os.pread(stream.fileno(), size, offset))
-            except CorruptShardError as error:
-                found = str(error).removeprefix(f"{folder / shard.file}: ").removesuffix(AGAIN)
-                return f"; {found.rstrip('. ')}"
-    return "; no block of data is damaged, but the file's header is"
-
-
-def check_offsets(path: Path, plan: BuildPlan, shard: ShardRecord) -> None:
-    """Raise CorruptShardError unless HDF5 finds the arrays where the manifest says."""
-    try:
-        found = found_offsets(path, plan)
-    except (OSError, KeyError, TypeError, RuntimeError) as error:
-        raise CorruptShardError(f"{path}: not readable as HDF5: {error}. {AGAIN}") from error
-    for name, stored in shard.arrays.items():
-        if found[name] != (stored.offset, stored.blocks):
-            raise CorruptShardError(
-                f"{path}: {name}: data and block table at {found[name]}, the manifest says "
-                f"{(stored.offset, stored.blocks)}. {AGAIN}"
-            )

@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     data = folder / "data"
     data.mkdir()
-    command = [sys.executable, str(BENCHMARK), "--quick", "--no-rivals", "--folder", str(data)]
+    command = [sys.executable, str(BENCHMARK), "--quick", "--folder", str(data)]
     command += ["--json", str(folder / "found.json"), "--markdown", str(folder / "found.md")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

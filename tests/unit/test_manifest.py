@@ -19,6 +19,7 @@ from dmi_hpc.data.manifest import (
     Manifest,
     SplitRule,
     read_manifest,
+    sealed,
     require_identity,
     split_of,
     write_manifest,
@@ -36,8 +37,11 @@ def real(tmp_path_factory):
 
 
 def reading(folder, raw):
-    """The manifest of this JSON beside the shards of another."""
-    (folder / "manifest.json").write_text(raw if isinstance(raw, str) else json.dumps(raw))
+    """The manifest of this JSON, its checksum made good, beside the shards of another."""
+    text = (
+        raw if isinstance(raw, str) else json.dumps(sealed(raw) if isinstance(raw, dict) else raw)
+    )
+    (folder / "manifest.json").write_text(text)
     return read_manifest(folder)
 
 
@@ -51,6 +55,15 @@ def changed(raw, path, value):
     copy = json.loads(json.dumps(raw))
     at(copy, path[:-1])[path[-1]] = value
     return copy
+
+
+def test_a_digit_changed_in_the_manifest_is_found(real, tmp_path):
+    """Also where nothing else depends on it: in the statistics."""
+    text = json.dumps(real[1])
+    place = text.index('"mean": ') + len('"mean": ') + 1
+    other = "1" if text[place] != "1" else "2"
+    with pytest.raises(DataError, match=r"manifest\.json: expected checksum.*found"):
+        reading(tmp_path, text[:place] + other + text[place + 1 :])
 
 
 def test_round_trip(real, tmp_path):
@@ -271,7 +284,7 @@ def test_fuzzed_manifest_is_refused_or_read_as_it_is(real, tmp_path_factory, dat
     except DataError:
         return
     # edits that pass touch no plan and no array: statistics, what made the set
-    assert manifest.plan == Manifest.model_validate(real[1]).plan
+    assert manifest.plan == read_manifest(folder).plan
     for name, values in toy.make_rows(range(50)).items():
         assert toy.equal(found[name], values)
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing.connection import wait as wait_for
 from typing import Any, Literal, TypeVar
 
+from dmi_hpc.data.workers import pool
 from dmi_hpc.errors import DataError
 
 T = TypeVar("T")
@@ -22,7 +18,6 @@ R = TypeVar("R")
 
 _AHEAD = 2  # items waiting for each worker
 _INLINE_S = 2.0  # of work before "auto" starts processes: they cost a second each
-_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def ordered_map(
@@ -46,15 +41,11 @@ def ordered_map(
 
 
 def _pooled(function: Callable[[T], R], items: Iterator[T], processes: int) -> Iterator[R]:
-    context = multiprocessing.get_context("spawn")
     waiting: deque[Future[R]] = deque()
-    with (
-        one_thread_each(),
-        ProcessPoolExecutor(processes, context, start_worker, (function,)) as pool,
-    ):
+    with pool(processes, start_worker, (function,)) as executor:
         try:
             for item in items:
-                waiting.append(pool.submit(_call, item))
+                waiting.append(executor.submit(_call, item))
                 if len(waiting) >= processes * _AHEAD:
                     yield waiting.popleft().result()
             while waiting:
@@ -63,23 +54,6 @@ def _pooled(function: Callable[[T], R], items: Iterator[T], processes: int) -> I
             raise DataError(
                 "a worker process died (killed, or out of memory). Repeat with fewer --processes."
             ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Spawned children read these when they load numpy."""
-    before = {name: os.environ.get(name) for name in _ONE_THREAD}
-    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 _function: Callable[[Any], Any] | None = None  # set once in each worker process
@@ -89,16 +63,6 @@ def start_worker(function: Callable[[Any], Any]) -> None:
     """Initializer of a spawned worker."""
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """A killed parent cannot stop its pool: without this its workers would stay for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "runs in workers only"
-    wait_for([parent.sentinel])
-    os._exit(1)
 
 
 def _call(item: Any) -> Any:
