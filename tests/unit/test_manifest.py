@@ -16,11 +16,10 @@ from dmi_hpc.data.manifest import (
     BuildPlan,
     Compression,
     Field,
-    Manifest,
     SplitRule,
     read_manifest,
-    sealed,
     require_identity,
+    sealed,
     split_of,
     write_manifest,
 )
