@@ -9,7 +9,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ from typing import Any
 from dmi_hpc.errors import RunError
 
 TEMP_PREFIX = ".tmp-"
+_TEMP = re.compile(r"\.tmp-.+-\d+-[0-9a-f]{8}", re.ASCII | re.DOTALL)  # as _temp_beside says
+_LOCK = ".dmi-lock"
 
 
 def fsync_folder(folder: Path) -> None:
@@ -83,8 +87,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def remove_stale(folder: Path) -> None:
     """Remove what killed writers left in `folder`. The caller must be its only writer."""
-    for path in folder.glob(f"{TEMP_PREFIX}*"):
-        if path.is_dir():
+    for path in folder.iterdir():
+        if not _TEMP.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -94,14 +100,19 @@ def remove_stale(folder: Path) -> None:
 def exclusive(folder: Path, what: str) -> Iterator[None]:
     """Hold the folder's lock; a second holder is refused (RunError). It dies with its process.
 
-    what: the kind of job, for the message. The folder is made if need be.
+    what: the kind of job, for the message. The folder is made if need be. A lock that is a link or
+    no plain file is refused, too: it is none of ours.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    with path.open("w") as handle:
+    path = folder / _LOCK
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise RunError(f"{path}: expected a plain file, which this program makes itself. Remove it")
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(handle.fileno()), path.stat())
+            status = os.fstat(handle)
+            mine = stat.S_ISREG(status.st_mode) and os.path.samestat(status, path.lstat())
         except (BlockingIOError, FileNotFoundError):
             mine = False
         if not mine:  # held, or its holder has just left and removed it
@@ -110,6 +121,8 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -134,7 +134,14 @@ class _Training:
             job.problem.fields,
             # a window of shuffling follows the node's memory: rank 0's is everybody's
             collectives.gather_objects(
-                order_of(shards, len(rows), job.seed, shuffle=job.problem.shuffle)
+                order_of(
+                    shards,
+                    job.problem.fields,
+                    len(rows),
+                    batch_size=job.config.batch_size,
+                    seed=job.seed,
+                    shuffle=job.problem.shuffle,
+                )
             )[0],
             batch_size=job.config.batch_size,
             prepare=self._prepare,

@@ -3,44 +3,57 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dmi_hpc.data.manifest import Manifest
 from dmi_hpc.data.sampler import Order, Shuffle
 
 if TYPE_CHECKING:
     from dmi_hpc.data.reader import ShardSet
 
 
-WINDOW_BYTES = 64 * 2**20  # of block shuffle, where only the shuffle was asked for
+WINDOW_BYTES = (
+    64 * 2**20
+)  # of block shuffle, where the shuffle was asked for: alike on all machines
+MOST_PARTS = 64
 
 
 def order_of(
     shards: ShardSet,
+    fields: Sequence[str],
     rows: int,
-    seed: int,
     *,
+    batch_size: int,
+    seed: int,
     shuffle: Shuffle | None = None,
-    parts: int = 1,
-    batch_size: int = 1,
+    parts: int | None = None,
 ) -> Order:
-    """The order in which `rows` rows of a set are read; shuffle: None takes what suits the set."""
-    window = shards.access.window_bytes or WINDOW_BYTES
+    """The order in which `rows` rows of a set are read.
+
+    fields: that are read. shuffle: None takes what suits the set where it lies, and may differ from
+    node to node: ranks must agree on one. parts: None takes 1, or for block shuffle what lets each of
+    many ranks read its own part of the set only; never a matter of the number of ranks.
+    """
+    window = (shards.access.window_bytes if shuffle is None else 0) or WINDOW_BYTES
+    shuffle = shuffle or shards.access.shuffle
+    blocks = max(1, window // shards.manifest.plan.block_bytes)
+    if parts is None:
+        # a power of two: so is the number of ranks, mostly
+        parts = math.gcd(batch_size, MOST_PARTS) if shuffle == "block" else 1
+        while parts > blocks:
+            parts //= 2
     return Order(
         seed=seed,
         rows=rows,
-        shuffle=shuffle or shards.access.shuffle,
-        block_rows=rows_of_a_block(shards.manifest),
-        window_blocks=max(1, window // shards.manifest.plan.block_bytes),
+        shuffle=shuffle,
+        block_rows=rows_of_a_block(shards, fields),
+        window_blocks=max(1, blocks // parts),
         parts=parts,
         batch_size=batch_size if parts > 1 else 1,
     )
 
 
-def rows_of_a_block(manifest: Manifest) -> int:
-    """Rows that one block of the largest field holds: what one read of a cold disk brings."""
-    sizes = []
-    for field in manifest.fields:
-        entries = sum(shard.arrays[field.name].length for shard in manifest.shards)
-        sizes.append(entries * field.entry_bytes / manifest.rows)
-    return max(1, math.floor(manifest.plan.block_bytes / max(sizes)))
+def rows_of_a_block(shards: ShardSet, fields: Sequence[str]) -> int:
+    """Rows that one block of the largest of these fields holds: what a read of a cold disk brings."""
+    largest = max(shards.row_bytes([name]) for name in fields)
+    return max(1, math.floor(shards.manifest.plan.block_bytes / max(1.0, largest)))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import xxhash
 
 from dmi_hpc.data.manifest import BLOCK_ENTRY, Field, Manifest, ShardRecord
 from dmi_hpc.data.ranges import Ranges
+from dmi_hpc.data.shardfiles import Stamp, open_same
 from dmi_hpc.errors import CorruptShardError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -26,14 +26,25 @@ AGAIN = (
 
 
 class ArrayBlocks:
-    """Numbers the entries and blocks of one array over all shards; reads its block tables."""
+    """Numbers the entries and blocks of one array over all shards; reads its block tables.
 
-    def __init__(self, folder: Path, manifest: Manifest, array: Field) -> None:
+    stamps: of the shard files that are meant; without them, whatever has their names.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        array: Field,
+        stamps: Sequence[Stamp] | None = None,
+    ) -> None:
         plan, self.array = manifest.plan, array
         self.folder, self.shards = folder, manifest.shards
+        self.stamps = stamps or [None] * len(manifest.shards)
         self.compressed = plan.compressed(array)
         self.stored = [shard.arrays[array.name] for shard in manifest.shards]
         self.entries = Ranges([stored.length for stored in self.stored])
+        self.lengths = self.entries.ends - self.entries.starts
         self.per_block = plan.block_entries(array)
         counts = [plan.blocks(array, stored.length) for stored in self.stored]
         self.counts = counts
@@ -94,7 +105,7 @@ class ArrayBlocks:
     def _read_table(self, shard: int) -> Array:
         stored, path = self.stored[shard], self.path(shard)
         try:
-            with path.open("rb") as stream:
+            with os.fdopen(open_same(path, self.stamps[shard]), "rb") as stream:
                 raw = os.pread(stream.fileno(), self.counts[shard] * BLOCK_ENTRY, stored.blocks)
         except OSError as error:
             raise CorruptShardError(
@@ -137,13 +148,17 @@ class ArrayBlocks:
             raise self.corrupt(block, f"expected xxh3 {expected:016x}, found {found:016x}")
 
     def corrupt(self, block: int, what: str) -> CorruptShardError:
-        """The error of a block, naming file, field, block and rows."""
+        """The error of a block whose bytes are wrong."""
+        return CorruptShardError(f"{self.where(block)}: {what}. {AGAIN}")
+
+    def where(self, block: int) -> str:
+        """File, field, block and entries, for errors."""
         shard, local = self.split(block)
         start, stop = self.span(block)
         first = int(self.entries.starts[shard])
-        return CorruptShardError(
+        return (
             f"{self.path(shard)}: field {self.array.name!r}, block {local} (entries {start - first} "
-            f"to {stop - first - 1} of the shard): {what}. {AGAIN}"
+            f"to {stop - first - 1} of the shard)"
         )
 
 
@@ -151,13 +166,15 @@ BytesOf = Callable[[int], Array]  # block -> its stored bytes
 
 
 class CheckOnce:
-    """Checks each block the first time that it is touched; afterwards asking costs nothing."""
+    """Checks each block the first time that it is touched; afterwards asking costs nothing.
+
+    Without a lock: two threads may check one block, which is harmless; and a fork copies no lock.
+    """
 
     def __init__(self, blocks: ArrayBlocks) -> None:
         self._blocks = blocks
         self._unchecked = np.ones(blocks.total, dtype=bool)
         self._left = blocks.total
-        self._lock = threading.Lock()
 
     def touch(self, entries: Ids, bytes_of: BytesOf) -> None:
         """Before these entries are read."""
@@ -171,9 +188,7 @@ class CheckOnce:
             self._check(first + np.flatnonzero(self._unchecked[first : last + 1]), bytes_of)
 
     def _check(self, numbers: Ids, bytes_of: BytesOf) -> None:
-        # two threads may check one block: harmless, and cheaper than a lock around hashing
         for block in numbers.tolist():
             self._blocks.check(block, bytes_of(block))
-        with self._lock:
-            self._left -= int(self._unchecked[numbers].sum())
-            self._unchecked[numbers] = False
+        self._unchecked[numbers] = False
+        self._left = int(np.count_nonzero(self._unchecked))

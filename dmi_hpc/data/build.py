@@ -36,6 +36,7 @@ from dmi_hpc.data.parts import (
     note_part,
     noted_part,
     remove_strays,
+    take_over,
     unfinished,
 )
 from dmi_hpc.data.ragged import Ragged
@@ -43,7 +44,7 @@ from dmi_hpc.data.sampler import Order
 from dmi_hpc.data.shard import check_rows, concatenate
 from dmi_hpc.data.workers import CONTEXT, pool
 from dmi_hpc.errors import DataError, DMIError, together
-from dmi_hpc.files import exclusive, remove_stale, writing
+from dmi_hpc.files import exclusive, writing
 
 __all__ = ["Alone", "BuildPlan", "Communicator", "MakeRows", "build"]
 
@@ -134,7 +135,7 @@ def _enter(target: Path, plan: BuildPlan, held: ExitStack) -> tuple[Manifest | N
         with writing(target.parent):
             held.enter_context(exclusive(target, "build of a data set"))
         before, whole = _carried_out(target, plan)  # by another, just before we had the lock
-        remove_stale(target)
+        take_over(target)
         if whole:  # killed just behind its commit
             remove_strays(target, notes=True)
     return before, whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,7 @@ from dmi_hpc.data.blocks import AGAIN, ArrayBlocks
 from dmi_hpc.data.hdf5 import found_offsets
 from dmi_hpc.data.manifest import BuildPlan, Manifest, ShardRecord
 from dmi_hpc.data.parts import file_checksum
-from dmi_hpc.errors import CorruptShardError
+from dmi_hpc.errors import CorruptShardError, DataError
 
 _CHECKERS = 8  # threads that verify a set: more only wait for the disk
 
@@ -33,18 +34,27 @@ def check_size(path: Path, shard: ShardRecord) -> None:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compare every file's checksum and offsets with the manifest, several files at once."""
+    """Compare every file's checksum and offsets with the manifest, several files at once.
+
+    Raises CorruptShardError, or DataError if a file cannot be read; then the rest is not looked at.
+    """
     with ThreadPoolExecutor(checkers(manifest)) as pool:
-        sums = pool.map(lambda s: file_checksum(folder / s.file), manifest.shards)
-        for shard, found in zip(manifest.shards, sums, strict=True):
-            if found != shard.xxh3:
-                path = folder / shard.file
-                blame = _first_bad(folder, manifest, shard)
-                raise CorruptShardError(
-                    f"{path}: expected checksum xxh3 {shard.xxh3}, found {found}{blame}. {AGAIN}"
-                )
-    for shard in manifest.shards:
-        check_offsets(folder / shard.file, manifest.plan, shard)
+        for _ in pool.map(partial(_check_file, folder, manifest), manifest.shards):
+            pass  # an error among the results cancels what has not begun
+
+
+def _check_file(folder: Path, manifest: Manifest, shard: ShardRecord) -> None:
+    path = folder / shard.file
+    try:
+        found = file_checksum(path)
+        blame = "" if found == shard.xxh3 else _first_bad(folder, manifest, shard)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if found != shard.xxh3:
+        raise CorruptShardError(
+            f"{path}: expected checksum xxh3 {shard.xxh3}, found {found}{blame}. {AGAIN}"
+        )
+    check_offsets(path, manifest.plan, shard)
 
 
 def _first_bad(folder: Path, manifest: Manifest, shard: ShardRecord) -> str:

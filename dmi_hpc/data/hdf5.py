@@ -6,6 +6,7 @@ rows is 20 to 200 times slower than a memory map, behind a lock that all threads
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from dmi_hpc.data.codecs import FILTERS, load_filters
 from dmi_hpc.data.manifest import (
     BLOCK_ENTRY,
     PAGE,
+    SPLIT,
     BuildPlan,
     Field,
     Manifest,
 )
+from dmi_hpc.data.shardfiles import Stamp, require_same
 from dmi_hpc.errors import CorruptShardError, DataError
 from dmi_hpc.files import atomic_file
 
@@ -30,6 +33,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 MASTER = "master.h5"
+_MASTER_FORMAT = "dmi-master"
 LARGE_PAGE, LARGE_SHARD = 2**16, 2**27  # bytes
 
 
@@ -205,33 +209,39 @@ def found_offsets(path: Path, plan: BuildPlan) -> dict[str, tuple[int, int]]:
 
 
 class H5Reader:
-    """One shard read by h5py alone: slow, and the oracle that every other way must agree with."""
+    """One shard read by h5py alone: slow, and the oracle that every other way must agree with.
 
-    def __init__(self, path: Path, plan: BuildPlan) -> None:
+    The file is closed with the last reference. Raises DataError, CorruptShardError if the file is
+    another one than `stamp` says.
+    """
+
+    def __init__(self, path: Path, plan: BuildPlan, stamp: Stamp) -> None:
         if plan.compression is not None:
             load_filters()
-        self._file = h5py.File(path, "r", locking=False)
+        try:
+            self._file = h5py.File(path, "r", locking=False)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be opened as HDF5: {error}") from None
+        require_same(path, self._file.id.get_vfd_handle(), stamp)
 
     def read(self, array: str, start: int, stop: int, out: Array) -> None:
         """Entries start to stop of an array into `out`."""
         if stop > start:
             self._file[dataset_of(array)].read_direct(out, np.s_[start:stop])
 
-    def close(self) -> None:
-        self._file.close()
-
 
 def write_master(folder: Path, manifest: Manifest, offsets: Mapping[str, Ids]) -> Path:
     """`master.h5`: every field over all shards as one virtual dataset, for any HDF5 tool.
 
     offsets: axis -> (rows + 1,) over the whole set, stored as `/_axes/<axis>`. Paths in it are
-    relative: it moves with its folder. Compressed sets need the filter (hdf5plugin) in that tool.
+    relative: it moves with its folder. Of a shard that is not found HDF5 reads the fill value: NaN in
+    floats, 255 in split. Compressed sets need the filter (hdf5plugin) in that tool.
     """
     with (
         atomic_file(folder / MASTER) as temp,
         h5py.File(temp, "w", libver=("v110", "latest")) as file,
     ):
-        _describe(file, {"format": "dmi-master", "identity": manifest.identity})
+        _describe(file, {"format": _MASTER_FORMAT, "identity": manifest.identity})
         for field in manifest.fields:
             lengths = [shard.arrays[field.name].length for shard in manifest.shards]
             layout = h5py.VirtualLayout((sum(lengths), *field.shape), dtype=field.numpy)
@@ -243,11 +253,35 @@ def write_master(folder: Path, manifest: Manifest, offsets: Mapping[str, Ids]) -
                     )
                     layout[start : start + length] = source
                 start += length
-            data = file.create_virtual_dataset(field.name, layout)
+            data = file.create_virtual_dataset(field.name, layout, fillvalue=_no_value(field))
             _describe(data, _attributes(field))
         for axis, values in offsets.items():
             file.create_dataset(f"/_axes/{axis}", data=values.astype("<i8"), track_times=False)
     return folder / MASTER
+
+
+def _no_value(field: Field) -> float | None:
+    """What no row of a set holds, where the dtype has such a value."""
+    if field == SPLIT:
+        return 255
+    return math.nan if field.numpy.kind == "f" else None
+
+
+def stale_master(folder: Path, identity: str) -> bool:
+    """Whether the folder's `master.h5` is one of ours, made from a set of another identity."""
+    try:
+        with h5py.File(folder / MASTER, "r", locking=False) as file:
+            attributes = dict(file.attrs)
+    except OSError:  # none, or no HDF5: not ours
+        return False
+    ours = attributes.get("format") == _MASTER_FORMAT.encode()
+    return bool(ours and attributes.get("identity") != identity.encode())
+
+
+def remove_stale_master(folder: Path, identity: str) -> None:
+    """Before the manifest of a set of this identity is committed: a stale one reads as its rows."""
+    if stale_master(folder, identity):
+        (folder / MASTER).unlink()
 
 
 def read_dataset(path: Path, dataset: str, start: int, stop: int) -> Array:
@@ -276,3 +310,12 @@ def _dataset(file: h5py.File, path: Path, name: str) -> Any:
     if name not in file or not isinstance(file[name], h5py.Dataset):
         raise DataError(f"{path}: no dataset {name!r}")
     return file[name]
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file is a shard of this program; what cannot be read is none."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return "fingerprint" in file.attrs and bytes(file.attrs["format"]) == b"dmi-shard"
+    except (OSError, KeyError, TypeError, RuntimeError):
+        return False

@@ -10,6 +10,7 @@ import itertools
 import math
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +31,9 @@ T = TypeVar("T")
 
 # Small batches are made several at once, to spread what numpy and threads cost a call
 _INDEX_AHEAD = 16384  # positions whose rows are computed together
-_CHUNK_BYTES = 4 * 2**20  # of batches that are read together
+_CHUNK_BYTES = 4 * 2**20  # of batches that are read together ...
+_CHUNK_BATCHES = 32  # ... but no more: a transform may make them much larger ...
+_CHUNK_S = 0.05  # ... or take its time, while the loop waits for the first of them
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,7 @@ class Loader(Generic[T]):
         self._prepare = prepare
         self._buffers = _Buffers(pin=pin, idle=2 * threads + 4)
         self._full = rank_slice(np.arange(batch_size, dtype=np.int64), rank, size)
-        share = len(self._full[0]) * shards.row_bytes(self.fields)
-        self._most = max(1, int(_CHUNK_BYTES // max(share, 1)))
+        self._most = self._longest_chunk()
         known = {name: shards.manifest.field(name) for name in fields}
         self._refers = {n: f.refers for n, f in known.items() if f.refers is not None}
         # axes that are referred to, and a field to tell how many entries each row has
@@ -113,6 +115,15 @@ class Loader(Generic[T]):
         for axis in set(self._refers.values()) - set(axes):
             axes[axis] = next(f.name for f in shards.manifest.fields if f.axis == axis)
         self._axes = axes
+
+    def _longest_chunk(self) -> int:
+        """Batches to read in one go; in block shuffle they stay within half a window."""
+        share = len(self._full[0]) * self.shards.row_bytes(self.fields)
+        most = min(_CHUNK_BATCHES, int(_CHUNK_BYTES // max(share, 1)))
+        if self.order.shuffle == "block":
+            window = self.order.window_blocks * self.order.block_rows * self.order.parts
+            most = min(most, window // (2 * self.batches.batch_size))
+        return max(1, most)
 
     def steps(self, start: int = 0) -> int:
         """Batches from a position of an epoch to its end."""
@@ -130,12 +141,14 @@ class Loader(Generic[T]):
         if order.parts > 1:
             order = replace(order, batch_size=self.batches.batch_size)
         self.order = order
+        self._most = self._longest_chunk()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[T]:
         """What `prepare` makes of the batches of an epoch, from a position on."""
+        stop = threading.Event()
         if self.threads == 0:
             for chunk in self._chunks(self._shares(epoch, start)):
-                yield from self._load(epoch, chunk)
+                yield from self._load(epoch, chunk, stop)
             return
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="dmi-loader")
         waiting: deque[Future[list[T]]] = deque()
@@ -144,12 +157,13 @@ class Loader(Generic[T]):
             if self.order.shuffle == "block" and self.shards.reads_blocks:
                 shares = self._windows_ahead(epoch, shares, pool)
             for chunk in self._chunks(shares):
-                waiting.append(pool.submit(self._load, epoch, chunk))
+                waiting.append(pool.submit(self._load, epoch, chunk, stop))
                 if len(waiting) > 2 * self.threads:
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
         finally:
+            stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _chunks(self, shares: Iterator[_Share]) -> Iterator[list[_Share]]:
@@ -159,16 +173,17 @@ class Loader(Generic[T]):
             yield chunk
             length = min(2 * length, self._most)
 
-    def _load(self, epoch: int, shares: list[_Share]) -> list[T]:
+    def _load(self, epoch: int, shares: list[_Share], stop: threading.Event) -> list[T]:
+        started = time.monotonic()
         rows = shares[0].rows if len(shares) == 1 else np.concatenate([s.rows for s in shares])
         found = self.shards.fields(self.fields, rows, self._buffers.borrow)
         loaded, at = [], 0
         for share in shares:
-            stop = at + len(share.rows)
-            fields = {name: _part(values, at, stop) for name, values in found.items()}
+            end = at + len(share.rows)
+            fields = {name: _part(values, at, end) for name, values in found.items()}
             for name, axis in self._refers.items():
                 fields[name] = _shifted(fields[name], self._base(axis, fields, share.rows))
-            at = stop
+            at = end
             batch = Batch(
                 fields=fields,
                 positions=share.positions,
@@ -180,6 +195,10 @@ class Loader(Generic[T]):
                 stop=share.stop,
             )
             loaded.append(self._prepare(batch))
+            if stop.is_set():
+                break
+        if len(shares) > 1 and time.monotonic() - started > _CHUNK_S:
+            self._most = max(1, len(shares) // 2)
         return loaded
 
     def _base(self, axis: str, found: dict[str, Any], rows: Ids) -> Ids:
@@ -193,7 +212,7 @@ class Loader(Generic[T]):
         size = self.batches.batch_size
         offsets, weights = self._full
         befores = [start + step * size for step in range(first, stop)]
-        parts = [(offsets + before, weights) for before in befores]
+        parts = [(offsets + before, weights.copy()) for before in befores]
         if befores[-1] + size > len(self.rows):
             last = self.batches.positions(start, stop - 1)
             parts[-1] = rank_slice(last, self.rank, self.size)
@@ -229,14 +248,14 @@ class Loader(Generic[T]):
 
         What fails there fails again, with its error, when the rows themselves are read.
         """
-        order, known = self.order, -1
+        order, known = self.order, set[int]()
         for share in shares:
-            window = int(order.window_of(epoch, share.positions[-1:])[0])
-            if window > known:
-                known = window
-                if window + 1 < order.windows:
-                    for block in order.blocks(epoch, window + 1).tolist():
+            found = set(order.window_of(epoch, share.positions).tolist())
+            for following in sorted(window + 1 for window in found - known):
+                if following < order.windows:
+                    for block in order.blocks(epoch, following).tolist():
                         pool.submit(self._prefetch, block * order.block_rows)
+            known |= found
             yield share
 
     def _prefetch(self, first: int) -> None:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
 import xxhash
@@ -38,19 +38,22 @@ BLOCK_ENTRY: Final = 24  # bytes of a block table's row: offset, stored bytes, x
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SplitName = Literal["train", "validation", "test"]
+_Some = TypeVar("_Some")
 _NAME = r"^[A-Za-z][A-Za-z0-9_]*$"
 _HASH = r"^[0-9a-f]{16}$"
 _DTYPE = re.compile(r"[<>=|]?(?!a\d)[A-Za-z]+\d{0,7}", re.ASCII)
+_TEXT: Final = 4096  # characters of a unit or description: HDF5 takes attributes below 64 KiB
 _MOST: Final = 2**62  # of any number of rows, entries or bytes: int64 can add them
 
 
-def _unicode(value: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
-    """Names of files may have bytes that no JSON can; UnicodeEncodeError is a ValueError."""
+def _unicode(value: _Some) -> _Some:
+    """Names of files may have bytes that no UTF-8 can; UnicodeEncodeError is a ValueError."""
     json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
 _Free = Annotated[Mapping[str, JsonValue], AfterValidator(_unicode)]
+_Text = Annotated[str, AfterValidator(_unicode)]
 
 
 class _Plain(BaseModel):
@@ -67,8 +70,8 @@ class Field(_Plain):
     name: str = Option(pattern=_NAME, max_length=64)
     dtype: str = Option(description="of numpy: int8 ... uint64, float16 ... float64, or S<n>")
     shape: tuple[int, ...] = Option((), max_length=16, description="of one entry")
-    unit: str = Option(description='"1" if dimensionless, "" if it is no quantity')
-    description: str
+    unit: _Text = Option(max_length=_TEXT, description='"1" if dimensionless, "" if no quantity')
+    description: _Text = Option(max_length=_TEXT)
     axis: str | None = Option(None, pattern=_NAME, max_length=64, description="of a ragged field")
     refers: str | None = Option(
         None, description="values number the entries of that axis within their row"
@@ -139,7 +142,7 @@ class SplitRule(_Plain):
     seed: int = Option(ge=0, lt=2**64)
     validation: float = Option(ge=0, le=1, description="share of the keys")
     test: float = Option(ge=0, le=1, description="share of the keys")
-    key: str = Option(description="what the key of a row is; equal keys share a split")
+    key: _Text = Option(description="what the key of a row is; equal keys share a split")
 
     @model_validator(mode="after")
     def _some_left(self) -> SplitRule:
@@ -180,7 +183,7 @@ class BuildPlan(_Plain):
     k holds rows k * rows_per_shard onwards of the order asked for, and only the last has fewer.
     """
 
-    task: str = Option(min_length=1)
+    task: _Text = Option(min_length=1)
     rows: int | None = Option(None, ge=1, le=_MOST)
     rows_per_shard: int = Option(ge=1, le=_MOST)
     fields: tuple[Field, ...] = Option(min_length=1)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dmi_hpc.data.manifest import PAGE
+from dmi_hpc.data.shardfiles import Stamp, open_same
 from dmi_hpc.errors import CorruptShardError, DataError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -39,6 +40,7 @@ class Piece(NamedTuple):
     path: Path
     offset: int  # a multiple of PAGE
     length: int  # entries
+    stamp: Stamp | None = None  # of the file that is meant
 
 
 @functools.cache
@@ -57,7 +59,7 @@ def map_pieces(
     """(all entries, (n, *shape), read-only; index of each piece's first entry).
 
     Unmapped when the last view of the array is gone. No file stays open. Raises DataError if a file
-    cannot be opened or the system allows no more maps.
+    cannot be opened or the system allows no more maps, CorruptShardError if it is another one.
     """
     entry = dtype.itemsize * math.prod(shape)
     step = math.lcm(max(PAGE, mmap.PAGESIZE), entry)  # pages of 64 KiB exist
@@ -95,7 +97,7 @@ def _reserve(size: int, path: Path) -> int:
 
 def _map_file(address: int, piece: Piece, size: int) -> None:
     try:
-        handle = os.open(piece.path, os.O_RDONLY | os.O_CLOEXEC)
+        handle = open_same(piece.path, piece.stamp)
         try:
             found = os.fstat(handle).st_size
             if found < piece.offset + size:  # to read past the end of a mapped file is to be killed

@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 import dmi_hpc
+from dmi_hpc.data.hdf5 import is_shard
 from dmi_hpc.data.manifest import (
     MANIFEST,
     SPLIT,
@@ -30,10 +31,10 @@ from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.shard import Rows, group_by_split, write_shard
 from dmi_hpc.data.statistics import Moments
 from dmi_hpc.errors import DataError
-from dmi_hpc.files import write_text
+from dmi_hpc.files import remove_stale, write_text
 
 _SUFFIX = ".part.json"
-_SHARD = re.compile(r"shard\d*-\d{5,}\.h5(\.part\.json)?", re.ASCII)  # no file of the user's
+_SHARD = re.compile(r"shard\d*-\d{5,}\.h5(\.part\.json)?", re.ASCII)
 
 
 class Part(BaseModel):
@@ -102,16 +103,45 @@ def remove_strays(folder: Path, *, notes: bool) -> None:
 
     notes: also what an interrupted build has finished and noted; else that stays. The caller holds
     the folder's lock. What is on disk decides: a writer may be interrupted just behind its commit.
+    Other people's files stay, whatever their names.
     """
     named: set[str] = set()
     if (folder / MANIFEST).exists():
         named = {shard.file for shard in read_manifest(folder).shards}
-    found = [path for path in folder.iterdir() if _SHARD.fullmatch(path.name)]
-    noted = {path.name.removesuffix(_SUFFIX) for path in found if path.name.endswith(_SUFFIX)}
+    found, noted = _named_as_shards(folder)
     for path in found:
         kept = named if notes else named | noted | {name + _SUFFIX for name in noted}
-        if path.name not in kept:
+        if path.name not in kept and _is_ours(path, noted):
             path.unlink()
+
+
+def take_over(folder: Path) -> None:
+    """Make the folder ready for a writer that holds its lock: what killed ones left goes.
+
+    Raises DataError if there is no set but files of others that are named as shards are.
+    """
+    remove_stale(folder)
+    remove_strays(folder, notes=False)
+    if (folder / MANIFEST).exists():
+        return
+    found, noted = _named_as_shards(folder)
+    others = sorted(path.name for path in found if not _is_ours(path, noted))
+    if others:
+        raise DataError(
+            f"{folder}: expected a folder for a data set, found {len(others)} files named as its "
+            f"shards are but not written by this program ({others[0]}). Choose another folder, or "
+            "move them"
+        )
+
+
+def _named_as_shards(folder: Path) -> tuple[list[Path], set[str]]:
+    """(files with names of shards or of their notes, shards that have a note)."""
+    found = [path for path in folder.iterdir() if _SHARD.fullmatch(path.name)]
+    return found, {p.name.removesuffix(_SUFFIX) for p in found if p.name.endswith(_SUFFIX)}
+
+
+def _is_ours(path: Path, noted: Set[str]) -> bool:
+    return path.name.endswith(_SUFFIX) or path.name in noted or is_shard(path)
 
 
 def file_checksum(path: Path) -> str:

@@ -16,14 +16,19 @@ Ids = np.ndarray[Any, np.dtype[np.int64]]
 class Ragged:
     """Row i is values[offsets[i] : offsets[i + 1]].
 
-    values: (entries, *shape); offsets: (rows + 1,) int64, from 0 to entries, never falling.
+    values: (entries, *shape); offsets: (rows + 1,) int64, from 0 to entries, never falling; other
+    integers are converted. Raises ValueError if they are not such.
     """
 
     values: Array
     offsets: Ids
 
     def __post_init__(self) -> None:
-        o = self.offsets
+        given = np.asarray(self.offsets)
+        if given.dtype.kind not in "iu":
+            raise ValueError(f"offsets: expected integers, found {given.dtype}")
+        o = given.astype(np.int64, copy=False)  # differences of unsigned ones never fall
+        object.__setattr__(self, "offsets", o)
         if o.ndim != 1 or len(o) == 0 or o[0] != 0 or o[-1] != len(self.values):
             ends = [int(o[0]), int(o[-1])] if o.ndim == 1 and len(o) else "none"
             raise ValueError(f"offsets: expected 0 to {len(self.values)}, found {ends}")

@@ -55,9 +55,12 @@ class Rows:
     def __len__(self) -> int:
         return self._ranges.total
 
-    def __getitem__(self, index: Ids) -> Ids:
-        """Rows at positions, (n,) int64 in [0, len)."""
-        index = np.asarray(index, dtype=np.int64)
+    def __getitem__(self, index: Ids | slice) -> Ids:
+        """Rows at positions (n,) in [0, len), of a slice, or where a mask (len,) is True; int64.
+
+        Raises IndexError for other positions, floats and masks of another length.
+        """
+        index = self._positions(index)
         if index.size and (index.min() < 0 or index.max() >= len(self)):
             raise IndexError(f"positions {index.min()} to {index.max()} of {len(self)} rows")
         if len(self._shift) == 1:
@@ -65,6 +68,18 @@ class Rows:
         else:
             index = index + self._shift[self._ranges.find(index)]
         return np.asarray(index)
+
+    def _positions(self, index: Any) -> Ids:
+        if isinstance(index, slice):
+            return np.arange(*index.indices(len(self)), dtype=np.int64)
+        given = np.asarray(index)
+        if given.dtype == bool:
+            if given.shape != (len(self),):
+                raise IndexError(f"a mask of shape {given.shape} for {len(self)} rows")
+            return np.flatnonzero(given)
+        if given.size and given.dtype.kind not in "iu":
+            raise IndexError(f"positions: expected integers, a mask or a slice, found {given.dtype}")
+        return given.astype(np.int64, copy=False)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         everything = self[np.arange(len(self), dtype=np.int64)]

@@ -48,7 +48,7 @@ class Order:
 
     def __post_init__(self) -> None:
         _choice("shuffle", self.shuffle, get_args(Shuffle))
-        _least(self, rows=0, window_blocks=1, parts=1, batch_size=1)
+        _least(self, seed=0, rows=0, window_blocks=1, parts=1, batch_size=1)
         _least(self, block_rows=1 if self.shuffle == "block" else 0)
         if self.batch_size % self.parts:
             raise DataError(

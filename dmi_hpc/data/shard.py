@@ -32,12 +32,7 @@ def check_rows(plan: BuildPlan, rows: Rows, where: str) -> int:
         if field.name not in rows:
             raise DataError(f"{where}: no field {field.name!r}; found {', '.join(rows) or 'none'}")
         found = rows[field.name]
-        if not isinstance(found, Ragged) and getattr(found, "ndim", 0) == 0:
-            kind = type(found).__name__
-            raise DataError(f"{where}: field {field.name!r}: expected an array, found {kind}")
-        if isinstance(found, Ragged) != (field.axis is not None):
-            kind = "dense" if field.axis is None else "ragged"
-            raise DataError(f"{where}: field {field.name!r}: expected {kind} rows")
+        _check_kind(field, found, where)
         count = len(found) if count is None else count
         if len(found) != count:
             raise DataError(f"{where}: field {field.name!r}: {len(found)} rows, expected {count}")
@@ -56,6 +51,18 @@ def check_rows(plan: BuildPlan, rows: Rows, where: str) -> int:
             _check_references(field, rows, lengths[field.refers], where)
     assert count is not None, "a plan has fields"
     return count
+
+
+def _check_kind(field: Field, found: object, where: str) -> None:
+    shape, given = ", ".join(("n", *map(str, field.shape))), found
+    if field.axis is None:
+        expected = f"dense rows, a NumPy array ({shape}) of {field.dtype}"
+    else:
+        expected = f"ragged rows, a Ragged of a NumPy array ({shape}) of {field.dtype}"
+        given = found.values if isinstance(found, Ragged) else None
+    if not isinstance(given, np.ndarray) or given.ndim == 0:
+        kind = type(found if given is None else given).__name__
+        raise DataError(f"{where}: field {field.name!r}: expected {expected}; found {kind}")
 
 
 def _check_values(field: Field, values: Array, where: str) -> None:

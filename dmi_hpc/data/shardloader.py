@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor, distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -21,6 +22,7 @@ from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.reader import ShardSet
 from dmi_hpc.data.sampler import Order, Tail
 from dmi_hpc.errors import DataError
+from dmi_hpc.world import detect
 
 _ONE_PROCESS = (
     "a ShardLoader works in the process that has made it, with threads of its own: a copy in another "
@@ -50,7 +52,9 @@ class ShardLoader(IterableDataset[Tensors]):
     ranks together. shuffle: "auto" takes what suits the storage (`shards.access.reason` says why). rank,
     size: of torch.distributed if it is initialised, else 0 of 1. threads: 0 reads in the caller.
     tail: of the epoch's last, incomplete batch: "keep" (shorter), "drop", or "wrap" (filled from the
-    epoch's start). transform: batch -> fields, run in the reading thread. parts: see `Order`.
+    epoch's start). transform: batch -> fields, run in the reading thread; ragged ones keep the axis
+    of a field of the set. parts: see `Order`; by default 1, or in block shuffle what lets each rank
+    read a part of the set only.
     device: where tensors are put; copies to a GPU run beside its work.
 
     Arrays are reused once nobody holds them. Not for several DataLoader workers: it has threads.
@@ -70,26 +74,35 @@ class ShardLoader(IterableDataset[Tensors]):
         size: int | None = None,
         threads: int = 2,
         tail: Tail = "keep",
-        parts: int = 1,
+        parts: int | None = None,
         transform: Transform | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.shards = shards if isinstance(shards, ShardSet) else ShardSet.open(shards)
+        if not isinstance(shards, ShardSet):
+            shards = ShardSet.open(shards, processes_on_node=detect().local_size)
+        self.shards = shards
         for name in fields:
             if not self.shards.manifest.field(name).numeric:
                 raise DataError(
                     f"field {name!r} is text: a tensor cannot hold it (ShardSet.gather)"
                 )
         chosen = self.shards.rows(split) if rows is None else self.shards.numbers(rows)
+        self._rows = split if rows is None else xxhash.xxh3_64_hexdigest(np.asarray(chosen).data)
         self.device, self._transform = torch.device(device), transform
         live = distributed.is_available() and distributed.is_initialized()
+        if shuffle == "auto" and (size or 1) > 1 and not live:
+            raise DataError(
+                f"rank and size ({size}) without torch.distributed: each rank would choose a shuffle of "
+                'its own. Give the shuffle ("global" or "block"), or call init_process_group first'
+            )
         order = order_of(
             self.shards,
+            fields,
             len(chosen),
-            seed,
+            batch_size=batch_size,
+            seed=seed,
             shuffle=None if shuffle == "auto" else shuffle,
             parts=parts,
-            batch_size=batch_size,
         )
         if live and size != 1:  # a window follows the node's memory: rank 0's is everybody's
             shared = [order]
@@ -149,11 +162,20 @@ class ShardLoader(IterableDataset[Tensors]):
             "position": self.position,
             "order": asdict(self.order),
             "data": self.shards.manifest.identity,
+            "rows": self._rows,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state, in its order. Raises DataError if it is of other rows."""
+        missing = {"epoch", "position", "order", "data", "rows"} - set(state)
+        if missing:
+            raise DataError(f"not the state of a ShardLoader: {', '.join(sorted(missing))} missing")
         require_identity(state["data"], self.shards.manifest.identity, maker="loader state")
+        if state["rows"] != self._rows:
+            raise DataError(
+                f"the state is of the rows {state['rows']!r}, this loader of {self._rows!r}: the split, "
+                "or a checksum of row numbers"
+            )
         self._loader.continue_with(Order(**state["order"]), state["position"])
         self.epoch, self.position, self._begun = state["epoch"], state["position"], False
 

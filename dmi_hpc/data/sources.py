@@ -13,6 +13,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -23,9 +24,17 @@ from dmi_hpc.data.codecs import DamagedBlockError, decode, load_codec
 from dmi_hpc.data.hdf5 import H5Reader
 from dmi_hpc.data.manifest import PAGE, Compression
 from dmi_hpc.data.mapping import Piece, map_pieces
+from dmi_hpc.data.shardfiles import Handle
+from dmi_hpc.data.storage import free_memory, size_text
+from dmi_hpc.errors import DataError, DMIError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
+
+Read = Callable[[int, int, Array], None]  # entries start to stop into the array
+
+_STEP_BYTES = 1 << 24  # that a thread copies into memory at a time
+_FILLERS = 8  # threads, at most
 
 
 class Source(Protocol):
@@ -39,12 +48,15 @@ class Source(Protocol):
 
 
 class MappedSource:
-    """All shards in one virtual array (see mapping.py)."""
+    """All shards in one virtual array (see mapping.py).
+
+    If somebody truncates a mapped file, reading what is gone ends the process with SIGBUS.
+    """
 
     def __init__(self, blocks: ArrayBlocks, *, check: bool) -> None:
         array, self._blocks = blocks.array, blocks
         pieces = [
-            Piece(blocks.path(k), stored.offset, stored.length)
+            Piece(blocks.path(k), stored.offset, stored.length, blocks.stamps[k])
             for k, stored in enumerate(blocks.stored)
         ]
         self._data, first = map_pieces(pieces, array.numpy, array.shape)
@@ -77,15 +89,30 @@ class MappedSource:
 
 
 class RamSource:
-    """A private copy; read once, block by block."""
+    """A private copy; whole blocks are read, once, by several threads.
 
-    def __init__(self, source: Source, blocks: ArrayBlocks) -> None:
+    Raises DataError if it does not fit in the free memory.
+    """
+
+    def __init__(self, blocks: ArrayBlocks, read: Read) -> None:
         array, total = blocks.array, blocks.entries.total
+        size, free = total * array.entry_bytes, free_memory()
+        if size > free:  # a damaged or hostile compressed set may claim any size
+            raise DataError(
+                f"{blocks.folder}: field {array.name!r} is {size_text(size)} in memory, of which "
+                f"{size_text(free)} are free. Use backend pread, or mmap if it is not compressed."
+            )
         self._data = np.empty((total, *array.shape), dtype=array.numpy)
-        step = max(blocks.per_block, (1 << 24) // array.entry_bytes)
-        for start in range(0, total, step):
-            stop = min(start + step, total)
-            source.read(start, stop, self._data[start:stop])
+        step = max(1, _STEP_BYTES // (blocks.per_block * array.entry_bytes))
+
+        def fill(first: int) -> None:
+            start, _ = blocks.span(first)
+            _, stop = blocks.span(min(first + step, blocks.total) - 1)
+            read(start, stop, self._data[start:stop])
+
+        with ThreadPoolExecutor(min(_FILLERS, len(os.sched_getaffinity(0)))) as pool:
+            for _ in pool.map(fill, range(0, blocks.total, step)):
+                pass  # the first error ends it
 
     def take(self, entries: Ids, out: Array) -> None:
         np.take(self._data, entries, axis=0, out=out, mode="clip")
@@ -95,10 +122,19 @@ class RamSource:
 
 
 class OracleSource:
-    """h5py, one entry after the other, one thread at a time."""
+    """h5py, one entry after the other, one thread at a time.
 
-    def __init__(self, blocks: ArrayBlocks, readers: Callable[[int], H5Reader]) -> None:
-        self._blocks, self._readers = blocks, readers
+    stored: block -> its stored bytes, to check each block before it is first read; None checks none.
+    """
+
+    def __init__(
+        self,
+        blocks: ArrayBlocks,
+        readers: Callable[[int], H5Reader],
+        stored: Callable[[int], Array] | None,
+    ) -> None:
+        self._blocks, self._readers, self._stored = blocks, readers, stored
+        self._check = CheckOnce(blocks)
         self._lock = threading.Lock()
 
     def take(self, entries: Ids, out: Array) -> None:
@@ -107,6 +143,8 @@ class OracleSource:
 
     def read(self, start: int, stop: int, out: Array) -> None:
         ranges = self._blocks.entries
+        if self._stored is not None:
+            self._check.touch_range(start, stop, self._stored)
         with self._lock:
             while start < stop:
                 shard = int(ranges.find(np.array([start]))[0])
@@ -120,7 +158,8 @@ class _Reading:
     """A block that one thread reads and others wait for."""
 
     def __init__(self) -> None:
-        self.over, self.failed = threading.Event(), False
+        self.over = threading.Event()
+        self.error: BaseException | None = None
 
 
 class BlockSource:
@@ -152,10 +191,9 @@ class BlockSource:
             return
         # more blocks than this thread may pin: some of them at a time
         order = np.argsort(numbers, kind="stable")
-        for start in range(0, len(needed), self._share):
-            some = needed[start : start + self._share]
-            low, high = np.searchsorted(numbers[order], [some[0], some[-1] + 1])
-            places = order[low:high]
+        firsts = np.searchsorted(numbers[order], needed[:: self._share])
+        for part, places in enumerate(np.split(order, firsts[1:])):
+            some = needed[part * self._share : (part + 1) * self._share]
             piece = np.empty((len(places), *out.shape[1:]), dtype=out.dtype)
             self._take(entries[places], numbers[places], some, piece)
             out[places] = piece
@@ -196,12 +234,13 @@ class BlockSource:
             try:
                 for block, slot in mine:
                     self._load(block, slot)
-            finally:
-                self._settle(mine)
+            except BaseException as error:
+                self._settle(mine, error)
+                raise
             for block, reading in held:
                 reading.over.wait()
-                if reading.failed:  # its slot may be another block's by now
-                    raise self._blocks.corrupt(block, "could not be read by another thread")
+                if reading.error is not None:  # its slot may be another block's by now
+                    raise self._as_seen(block, reading.error) from reading.error
             yield slots
         finally:
             with self._changed:
@@ -244,7 +283,13 @@ class BlockSource:
         with self._changed:
             self._readings.pop(block).over.set()
 
-    def _settle(self, mine: list[tuple[int, int]]) -> None:
+    def _as_seen(self, block: int, error: BaseException) -> DMIError:
+        """Another thread's error, for those that wait for its block."""
+        if isinstance(error, DMIError):
+            return type(error)(str(error))
+        return DataError(f"{self._blocks.where(block)}: another thread failed to read it: {error!r}")
+
+    def _settle(self, mine: list[tuple[int, int]], error: BaseException) -> None:
         """Blocks that could not be read give their slots back."""
         with self._changed:
             for block, slot in mine:
@@ -252,7 +297,7 @@ class BlockSource:
                 if reading is not None:
                     del self._slot_of[block]
                     self._free.append(slot)
-                    reading.failed = True
+                    reading.error = error
                     reading.over.set()
 
 
@@ -262,7 +307,7 @@ class BlockReader:
     def __init__(
         self,
         blocks: ArrayBlocks,
-        handles: Callable[[int], int],
+        handles: Callable[[int], Handle],
         compression: Compression | None,
         *,
         check: bool,
@@ -277,16 +322,31 @@ class BlockReader:
 
     def __call__(self, block: int, out: Array) -> None:
         """The block's entries as bytes into `out`."""
-        shard, local = self._blocks.split(block)
-        offset, size, _ = (int(n) for n in self._blocks.table(shard)[local])
         raw = out if self._compression is None and not self._direct else None
-        stored = self._read(self._handles(shard), block, offset, size, raw)
+        stored = self.stored(block, raw)
         if self._check:
             self._blocks.check(block, stored)
         if self._compression is not None:
             self._decode(block, stored, out)
         elif self._direct:
             out[:] = stored
+
+    def read(self, start: int, stop: int, out: Array) -> None:
+        """Entries start to stop, which begin and end with a block, into `out`."""
+        first, last = self._blocks.of(np.array([start, stop - 1])).tolist()
+        for block in range(first, last + 1):
+            low, high = self._blocks.span(block)
+            self(block, out[low - start : high - start].reshape(-1).view(np.uint8))
+
+    def stored(self, block: int, out: Array | None = None) -> Array:
+        """The block's bytes as the file holds them: in `out`, or in this thread's buffer."""
+        shard, local = self._blocks.split(block)
+        offset, size, _ = (int(n) for n in self._blocks.table(shard)[local])
+        handle = self._handles(shard)  # held while it is read
+        try:
+            return self._read(handle.number, block, offset, size, out)
+        except OSError as error:
+            raise DataError(f"{self._blocks.where(block)}: cannot be read: {error}") from error
 
     def _decode(self, block: int, stored: Array, out: Array) -> None:
         assert self._compression is not None, "asked for compressed arrays only"

@@ -31,6 +31,9 @@ _MOUNTS = Path("/proc/self/mountinfo")
 _DEVICES = Path("/sys/dev/block")
 _CGROUP = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
+# files of a memory cgroup: limit, use, and the part of memory.stat that is unused cache
+_CGROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_CGROUP_2 = ("memory.max", "memory.current", "inactive_file")
 _MB = 2**20
 _WINDOW = (16 * _MB, 128 * _MB)  # least and most of a shuffling window; the arena holds two
 
@@ -131,18 +134,26 @@ def free_memory() -> int:
             if controllers and "memory" not in controllers.split(","):
                 continue
             root = _CGROUPS / "memory" if controllers else _CGROUPS
-            file = "memory.limit_in_bytes" if controllers else "memory.max"
+            names = _CGROUP_1 if controllers else _CGROUP_2
             group = root / name.lstrip("/")
             for folder in (group, *group.parents):
-                limits += _limit(folder / file)
+                limits += _room(folder, *names)
                 if folder == root:
                     break
     return int(min(limits))
 
 
-def _limit(file: Path) -> list[int]:
-    text = file.read_text().strip() if file.is_file() else ""
-    return [int(text)] if text.isdigit() else []
+def _room(group: Path, limit: str, used: str, cache: str) -> list[int]:
+    """[limit - use] of a cgroup that has a limit; cached files give way, so they are not in use."""
+    texts = {}
+    for name in (limit, used, "memory.stat"):
+        file = group / name
+        texts[name] = file.read_text().split() if file.is_file() else []
+    if not (texts[limit] and texts[limit][0].isdigit()):
+        return []
+    stat = dict(zip(texts["memory.stat"][::2], texts["memory.stat"][1::2], strict=False))
+    held = int((texts[used] or ["0"])[0]) - int(stat.get(cache, 0))
+    return [max(0, int(texts[limit][0]) - max(0, held))]
 
 
 def size_text(count: float) -> str:

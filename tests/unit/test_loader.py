@@ -11,6 +11,7 @@ from shard_sets import NAMES, assert_same, make_set, numbers, pick
 
 from dmi_hpc.data import BuildPlan, Field, Ragged, ShardSet, ShardWriter, SplitRule
 from dmi_hpc.data import loader as loading
+from dmi_hpc.data.access import order_of
 from dmi_hpc.data.loader import Loader
 from dmi_hpc.data.sampler import Order
 from dmi_hpc.errors import DataError
@@ -278,3 +279,57 @@ def test_memory_is_used_again(shards, monkeypatch, threads):
     del everything
     list(itertools.islice(loader.epoch(0), 3))
     assert max(owners(loader).values()) <= bound + 3  # what was held together is given back
+
+
+# cost
+
+
+def noting(fetch, read):
+    """fetch, and the numbers of the blocks that it was asked for."""
+
+    def noted(block, out):
+        read.append(block)
+        fetch(block, out)
+
+    return noted
+
+
+def test_ranks_read_parts_of_a_set_that_is_read_in_blocks(tmp_path):
+    """Not every rank the whole set: it lies on storage that all nodes share."""
+    plan = BuildPlan(
+        task="toy",
+        fields=(Field(name="x", dtype="float64", unit="1", description=""),),
+        split_rule=SplitRule(seed=0, validation=0, test=0, key="row number"),
+        seed=0,
+        rows_per_shard=16_384,
+        block_bytes=4096,
+    )
+    with ShardWriter(tmp_path, plan) as writer:
+        writer.append({"x": np.arange(32_768.0)})
+    read, size = [], 4
+    for rank in range(size):
+        with ShardSet.open(tmp_path, backend="pread", verify="none") as shards:
+            order = order_of(shards, ("x",), 32_768, batch_size=64, seed=0)
+            assert (order.shuffle, order.parts) == ("block", 64)
+            source = shards._source(shards.manifest.field("x"))
+            source._fetch = noting(source._fetch, read)
+            loader = make_loader(
+                shards, order, 64, ("x",), rows=shards.rows("train"), rank=rank, size=size
+            )
+            for _ in loader.epoch(0):
+                pass
+    assert len(read) <= 64 * 1.2
+    assert set(read) == set(range(64))
+
+
+def test_a_slow_or_growing_transform_is_not_run_far_ahead(shards, monkeypatch):
+    """Batches of few bytes may become large, and the loop waits for the first of a chunk."""
+    monkeypatch.setattr(loading, "_CHUNK_S", -1.0)
+    made = []
+    order = Order(0, ROWS)
+    loader = make_loader(shards, order, 1, threads=1, prepare=lambda batch: made.append(batch.stop))
+    steps = loader.epoch(0)
+    next(steps)
+    assert len(made) <= 12
+    steps.close()
+    assert len(made) < ROWS

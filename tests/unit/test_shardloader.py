@@ -96,7 +96,7 @@ def test_an_epoch_without_batches_ends(shards):
 @settings(deadline=None, max_examples=50)
 def test_a_state_continues_anywhere(shards, batch_size, later, taken, size, threads, shuffle, tail):
     """What is left after a state, through JSON, at another batch size and number of ranks."""
-    options = {"shuffle": shuffle, "seed": 3}
+    options = {"shuffle": shuffle, "seed": 3, "parts": 1}  # with parts the batch size must stay
     whole = ShardLoader(shards, ("n",), batch_size=1, **options)
     sequence = [row for _ in range(3) for [row] in rows_of(whole)]
     loader = ShardLoader(shards, ("n",), batch_size=batch_size, tail="keep", threads=0, **options)
@@ -117,6 +117,7 @@ def test_a_state_continues_anywhere(shards, batch_size, later, taken, size, thre
             shards,
             ("n",),
             batch_size=later,
+            shuffle="global",
             rank=rank,
             size=size,
             threads=threads,
@@ -141,8 +142,37 @@ def test_a_state_of_other_data_is_refused(shards, tmp_path):
     with pytest.raises(DataError, match=r"loader state: made from data set .*, found data set"):
         other.load_state_dict(loader.state_dict())
     validation = ShardLoader(shards, ("n",), batch_size=16, split="validation")
-    with pytest.raises(DataError, match=r"an order of .* rows, found"):
+    with pytest.raises(DataError, match=r"of the rows 'train', this loader of 'validation'"):
         validation.load_state_dict(loader.state_dict())
+    some, others = (
+        ShardLoader(shards, ("n",), batch_size=4, rows=np.arange(k, k + 9)) for k in (0, 9)
+    )
+    with pytest.raises(DataError, match=r"a checksum of row numbers"):
+        others.load_state_dict(some.state_dict())
+    with pytest.raises(DataError, match=r"not the state of a ShardLoader: data, epoch"):
+        loader.load_state_dict({"order": {}, "position": 3})
+
+
+def test_ranks_without_torch_distributed_must_say_the_shuffle(shards):
+    """Each would choose by the memory and the storage of its own node."""
+    with pytest.raises(DataError, match=r"each rank would choose a shuffle of its own"):
+        ShardLoader(shards, ("n",), batch_size=8, rank=0, size=2)
+    small = shards.access.__class__("pread", "block", 2**14, "little memory here")
+    loaders = []
+    for access in (shards.access, small):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shards, "access", access)
+            options = {"batch_size": 8, "size": 2, "shuffle": "block"}
+            loaders.append(ShardLoader(shards, ("n",), rank=len(loaders), **options))
+    assert loaders[0].order == loaders[1].order
+
+
+def test_weights_of_a_batch_are_its_own(shards):
+    sums = []
+    for batch in ShardLoader(shards, ("n",), batch_size=16, tail="drop"):
+        batch["_weights"].mul_(2)
+        sums.append(float(batch["_weights"].sum()))
+    assert set(sums) == {32.0}
 
 
 # tensors
@@ -181,7 +211,7 @@ def test_chosen_rows_and_wrong_ones(shards):
     with pytest.raises(DataError, match="batch_size is 0; it must be at least 1"):
         ShardLoader(shards, ("n",), batch_size=0)
     with pytest.raises(IndexError, match="rank 2 of 2"):
-        ShardLoader(shards, ("n",), batch_size=4, rank=2, size=2)
+        ShardLoader(shards, ("n",), batch_size=4, rank=2, size=2, shuffle="global")
 
 
 def test_data_loader_of_torch(shards):

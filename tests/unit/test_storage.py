@@ -102,6 +102,9 @@ def test_memory_is_limited_by_the_cgroups_of_the_job(tmp_path, monkeypatch):
     (tmp_path / "fs/slurm/job_1/step_0/memory.max").write_text("max\n")
     (tmp_path / "fs/slurm/job_1/memory.max").write_text("1000000\n")
     assert free_memory() == 1_000_000 < whole
+    (tmp_path / "fs/slurm/job_1/memory.current").write_text("900000\n")
+    (tmp_path / "fs/slurm/job_1/memory.stat").write_text("anon 500000\ninactive_file 400000\n")
+    assert free_memory() == 500_000, "cached files give way"
     (tmp_path / "cgroup").write_text("4:memory:/j\n3:cpu,cpuacct:/k\n")
     (tmp_path / "fs/memory/j").mkdir(parents=True)
     (tmp_path / "fs/memory/j/memory.limit_in_bytes").write_text("77\n")

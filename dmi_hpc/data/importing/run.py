@@ -45,9 +45,10 @@ def import_files(
 
     The report is written to `target`/import-report.json too. Raises DataError: input missing, of
     unknown or mixed kinds, bad records where they are not to be skipped (file and line of the first
-    ten), no usable record, or another data set in `target`; the old set is then still there.
+    ten), no usable record, sources or another data set in `target`; an old set is then still there.
     """
     inputs = inputs_of(paths, options)
+    _keep_sources(target, paths, inputs)
     options = _for_format(inputs, options)
     options.check_kind(inputs.kind)
     source = source_of(inputs, options)
@@ -79,6 +80,18 @@ def import_files(
     with writing(target):
         write_json(target / REPORT, {"identity": manifest.identity, **report.as_json()})
     return manifest, report
+
+
+def _keep_sources(target: Path, paths: Sequence[Path], inputs: Inputs) -> None:
+    """No set among its own sources: they would be taken for each other, now or at the next import."""
+    here = target.resolve()
+    folders = [path.resolve() for path in paths if path.is_dir()]
+    near = [f for f in folders if here.is_relative_to(f) or f.is_relative_to(here)]
+    near += [f for f in {path.parent for path in inputs.files} if f.resolve() == here]
+    if near:
+        raise DataError(
+            f"{target}: sources are read from {near[0]}. Write the set to a folder apart from them"
+        )
 
 
 def _check_fields(source: Source) -> None:
