@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -87,7 +86,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def remove_stale(folder: Path) -> None:
     """Remove what killed writers left in `folder`. The caller must be its only writer."""
-    for path in folder.iterdir():
+    for path in folder.glob(f"{TEMP_PREFIX}*"):
         if not _TEMP.fullmatch(path.name):
             continue
         if path.is_dir() and not path.is_symlink():
@@ -100,8 +99,8 @@ def remove_stale(folder: Path) -> None:
 def exclusive(folder: Path, what: str) -> Iterator[None]:
     """Hold the folder's lock; a second holder is refused (RunError). It dies with its process.
 
-    what: the kind of job, for the message. The folder is made if need be. A lock that is a link or
-    no plain file is refused, too: it is none of ours.
+    what: the kind of job, for the message. The folder is made if need be. What is there under
+    the lock's name but no plain file is refused, too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _LOCK
@@ -111,8 +110,7 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            status = os.fstat(handle)
-            mine = stat.S_ISREG(status.st_mode) and os.path.samestat(status, path.lstat())
+            mine = os.path.samestat(os.fstat(handle), path.lstat())
         except (BlockingIOError, FileNotFoundError):
             mine = False
         if not mine:  # held, or its holder has just left and removed it

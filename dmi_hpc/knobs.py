@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from dmi_hpc.errors import LaunchError
+from dmi_hpc.errors import DataError, LaunchError
 
 # "single" makes a process its own world of one, whatever scheduler variables say: for a login shell
 # inside an allocation, or a tool started beside the ranks.
@@ -51,7 +51,14 @@ def collective_timeout_s() -> float:
 
 
 def stage_folders() -> tuple[Path, ...]:
-    return tuple(Path(name) for name in os.environ.get(STAGE, "").split(os.pathsep) if name)
+    folders = tuple(Path(name) for name in os.environ.get(STAGE, "").split(os.pathsep) if name)
+    for folder in folders:
+        if not folder.is_absolute():
+            raise DataError(
+                f"{STAGE}: found '{folder}', expected absolute paths, joined by '{os.pathsep}': ranks "
+                "may start in other folders"
+            )
+    return folders
 
 
 def debug() -> bool:

@@ -4,6 +4,7 @@ and signals turned into an orderly end.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dmi_hpc.errors import DMIError
 from dmi_hpc.files import append_json_line, writing
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ def stop_on_signals() -> Iterator[StopFlag]:
         for number, handler in old.items():
             signal.signal(number, handler)
 
+
 _WAITING = 0.05  # share of the time above which a user should hear of it
 
 
@@ -147,6 +150,19 @@ class TrainingWatch:
 
 
 def say(text: str) -> None:
-    """A result line on stdout."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """A result line on stdout; what its encoding has not is escaped. DMIError: it cannot be written."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: no error of anybody's
+        raise
+    except OSError as error:
+        with Path(os.devnull).open("w") as nothing:  # the rest would fail again when Python ends
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        raise DMIError(f"standard output: cannot write: {error}") from error
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 row", "2,000 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

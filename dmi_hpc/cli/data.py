@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from dmi_hpc.cli.data_import import import_
-from dmi_hpc.cli.data_tools import bench, head, info, master, split, stage, verify
-from dmi_hpc.cli.options import Out, RecipeFile, Resume, new_app, run_of
+from dmi_hpc.cli.data_tools import bench, head, info, made_text, master, split, stage, verify
+from dmi_hpc.cli.options import Out, RecipeFile, Resume, new_app, run_of, stops_tidily
 from dmi_hpc.config import cores_per_rank
 from dmi_hpc.data.build import Communicator
 from dmi_hpc.data.manifest import Manifest
 from dmi_hpc.errors import DataError, together
 from dmi_hpc.run import Run, record_command
-from dmi_hpc.watch import console, progress_bar, say
+from dmi_hpc.watch import console, counted, progress_bar, say
 from dmi_hpc.world import World, detect
 
 app = new_app()
+
+_CONTINUE = "with --resume it continues (dmi launch: by the same command)"
 
 
 @app.callback()
@@ -25,10 +28,10 @@ def _group() -> None:
 
 @app.command()
 def build(recipe: RecipeFile, out: Out = None, resume: Resume = False) -> None:
-    """Make the recipe's data set with its solver, over processes and MPI ranks.
+    """Make the recipe's data set with its solver.
 
-    A finished set of the same recipe is kept as it is. An interrupted one is completed with --resume:
-    only missing shards are made.
+    Over processes and MPI ranks. A finished set of the same recipe is kept as it is. An interrupted
+    one is completed with --resume: only missing shards are made.
     """
     from dmi_hpc.collectives import mpi_ranks
 
@@ -41,11 +44,13 @@ def build(recipe: RecipeFile, out: Out = None, resume: Resume = False) -> None:
                 _refuse_unfinished(run.data)
         with together(communicator.share):
             run = run or run_of(recipe, out)
-        manifest = _build(run, world, communicator)
+        # a rank that leaves alone would wait for the others in MPI's own end
+        tidily = stops_tidily(_CONTINUE) if world.size == 1 else nullcontext()
+        with tidily:
+            manifest = _build(run, world, communicator)
     if world.is_first:
         record_command(run)
-        rows = ", ".join(f"{count} {name}" for name, count in manifest.split_rows.items())
-        say(f"data set {run.data}: {manifest.rows} rows ({rows}) in {len(manifest.shards)} shards")
+        say(made_text(run.data, manifest))
 
 
 def _refuse_unfinished(folder: Path) -> None:
@@ -54,8 +59,8 @@ def _refuse_unfinished(folder: Path) -> None:
 
     if count := unfinished(folder):
         raise DataError(
-            f"{folder}: an interrupted build left {count} finished shards here; --resume keeps them "
-            "and makes the rest. To begin anew choose another --out, or delete the folder"
+            f"{folder}: an interrupted build left {counted(count, 'finished shard')} here; --resume "
+            "keeps them and makes the rest. To begin anew choose another --out, or delete the folder"
         )
 
 

@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
+from dmi_hpc.cli.data_tools import compression_of
+from dmi_hpc.cli.options import stops_tidily
 from dmi_hpc.config import parse
 from dmi_hpc.data.importing.options import ImportOptions, field_of_text, read_map
-from dmi_hpc.data.importing.records import Advance, ImportReport
+from dmi_hpc.data.importing.records import Advance, ImportReport, counted
 from dmi_hpc.data.manifest import Manifest
 from dmi_hpc.errors import DataError
 from dmi_hpc.watch import console, progress_bar, say
 
 _SHOWN = 20  # bad records in the terminal; the report file has all
+_CHOICES = {
+    "--as": "kind",
+    "--bad": "bad",
+    "--duplicates": "duplicates",
+    "--floats": "floats",
+    "--processes": "processes",
+}
 
 Text = str | None
 
@@ -51,9 +60,9 @@ def import_(
     formula: Annotated[str, typer.Option(help="compositions: column of the formulas")] = "formula",
     value: Annotated[str, typer.Option(help="compositions: column of the target")] = "target",
     quantity: Annotated[
-        str, typer.Option(help="compositions: name of the target")
-    ] = "formation_enthalpy",
-    unit: Annotated[str, typer.Option(help="compositions: unit of the target")] = "eV/atom",
+        Text, typer.Option(help="compositions: name of the target; default: its column")
+    ] = None,
+    unit: Annotated[Text, typer.Option(help="compositions: unit of the target")] = None,
     duplicates: Annotated[
         str, typer.Option(help="lines of one composition: keep | error | mean | lowest")
     ] = "keep",
@@ -74,7 +83,9 @@ def import_(
     shuffle: Annotated[
         int | None, typer.Option(metavar="SEED", help="store rows in a random order")
     ] = None,
-    compress: Annotated[Text, typer.Option(help="zstd | blosc2")] = None,
+    compress: Annotated[
+        Text, typer.Option(help="none | zstd | blosc2, with a level: zstd:9")
+    ] = None,
     rows_per_shard: Annotated[
         int | None, typer.Option(help="default: as many as make 256 MiB")
     ] = None,
@@ -91,6 +102,7 @@ def import_(
     """
     from dmi_hpc.data.importing.run import REPORT, import_files
 
+    compression = None if compress is None else compression_of(compress)
     raw: dict[str, Any] = {
         "kind": kind,
         "format": format,
@@ -112,19 +124,37 @@ def import_(
         "max_neighbours": max_neighbours,
         "floats": floats,
         "shuffle": shuffle,
-        "compression": {"codec": compress} if compress else None,
+        "compression": None if compression == "none" else compression,
         "rows_per_shard": rows_per_shard,
-        "processes": processes if not processes.isdigit() else int(processes),
+        "processes": int(processes) if processes.isdecimal() else processes,
         "replace": replace,
         **_described(field or [], map),
     }
+    _check_choices(raw)
     options = parse(ImportOptions, raw, where="dmi data import")
-    with _shown_progress() as progress:
+    then = f"{out} is as it was before. The same command begins anew"
+    with stops_tidily(then), _shown_progress() as progress:
         manifest, report = import_files(files, out, options, progress)
     _show(report, out / REPORT)
     rows = ", ".join(f"{count} {name}" for name, count in manifest.split_rows.items())
-    kept = f"{report.kept} of {report.read} records kept"
+    kept = f"{report.kept} of {counted(report.read, 'record')} kept"
     say(f"data set {out}: {manifest.plan.task}, {kept} ({rows}) in {_size(manifest)}")
+
+
+def _check_choices(raw: dict[str, Any]) -> None:
+    """Words that an option does not know, in the user's terms."""
+    for option, name in _CHOICES.items():
+        known = _words(ImportOptions.model_fields[name].annotation)
+        count = isinstance(raw[name], int)  # --processes 4
+        if raw[name] not in known and not count:
+            more = ", or how many" if name == "processes" else ""
+            raise DataError(f"{option}: found {raw[name]!r}, expected {', '.join(known)}{more}")
+
+
+def _words(kind: Any) -> list[str]:
+    """Of a Literal, or of those in a union."""
+    found = (_words(part) if get_args(part) else [part] for part in get_args(kind))
+    return [word for words in found for word in words if isinstance(word, str)]
 
 
 def _described(texts: list[str], path: Path | None) -> dict[str, Any]:
@@ -157,15 +187,16 @@ def _show(report: ImportReport, path: Path) -> None:
     for problem in report.bad[:_SHOWN]:
         out.print(f"skipped {problem}", markup=False)
     if report.skipped > _SHOWN:
-        out.print(f"... and {report.skipped - _SHOWN} more bad records: {path}", markup=False)
+        more = counted(report.skipped - _SHOWN, "more bad record")
+        out.print(f"... and {more}: {path}", markup=False)
     for group in report.duplicates[:5]:
         out.print(f"one row of the lines of {group}", markup=False)
     if report.repeated > 5:
-        out.print(f"... and {report.repeated - 5} more compositions: {path}", markup=False)
+        more = counted(report.repeated - 5, "more composition")
+        out.print(f"... and {more}: {path}", markup=False)
     for note in report.notes:
         out.print(f"note: {note}", markup=False)
 
 
 def _size(manifest: Manifest) -> str:
-    shards = len(manifest.shards)
-    return f"{shards} shard{'s' if shards > 1 else ''}, {manifest.bytes / 1e6:,.1f} MB"
+    return f"{counted(len(manifest.shards), 'shard')}, {manifest.bytes / 1e6:,.1f} MB"

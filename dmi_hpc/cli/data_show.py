@@ -13,6 +13,7 @@ import numpy as np
 from dmi_hpc.data.manifest import SPLIT, SPLITS, Field, Manifest
 from dmi_hpc.data.statistics import Statistics
 from dmi_hpc.data.storage import decoded_bytes, size_text
+from dmi_hpc.watch import counted
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -38,9 +39,9 @@ def info_lines(
         how = f"{plan.compression.codec} level {plan.compression.level} ({ratio:.2f} times smaller)"
     rows = [shard.rows for shard in manifest.shards]
     each = f"{rows[0]:,}" if len(set(rows)) == 1 else f"{min(rows):,} to {max(rows):,}"
-    shards = f"{len(rows)} shard{'s' if len(rows) > 1 else ''} of {each} rows"
+    shards = f"{counted(len(rows), 'shard')} of {each} row{'' if each == '1' else 's'}"
     lines = [
-        f"{path}: {_clean(plan.task)}, {manifest.rows:,} rows",
+        f"{path}: {_clean(plan.task)}, {counted(manifest.rows, 'row')}",
         f"{shards}, blocks of {_block_text(plan.block_bytes)}",
         f"{size_text(manifest.bytes)}, {how}",
         f"identity {manifest.identity}",
@@ -163,17 +164,24 @@ def columns(table: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[s
     ]
 
 
-def head_lines(manifest: Manifest, rows: Array, found: Mapping[str, Any]) -> list[str]:
-    """Rows one after the other, one line a field."""
+def head_lines(
+    manifest: Manifest, rows: Array, found: Mapping[str, Any], width: int = 80
+) -> list[str]:
+    """Rows one after the other, a field on one line or, where it is longer than `width`, on several."""
     lines = []
-    width = max(map(len, found), default=0)
+    name_width = min(max(map(len, found), default=0), width // 3)
     for place, row in enumerate(rows.tolist()):
         split = SPLITS[int(found[SPLIT.name][place])]
         lines += ["", f"row {row}, {split}"] if place else [f"row {row}, {split}"]
         for name, values in found.items():
             if name != SPLIT.name:
-                lines.append(
-                    f"  {name:<{width}}  {value_text(manifest.field(name), values[place])}"
+                text = f"{name:<{name_width}}  {value_text(manifest.field(name), values[place])}"
+                lines += textwrap.wrap(
+                    text,
+                    max(width, 40),
+                    initial_indent="  ",
+                    subsequent_indent=" " * (name_width + 4),
+                    drop_whitespace=True,
                 )
     return lines
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
-import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from dmi_hpc.errors import EXIT_INTERRUPTED, CorruptShardError, DataError
-from dmi_hpc.watch import console, progress_bar, say
+from dmi_hpc.cli.options import stops_tidily
+from dmi_hpc.errors import CorruptShardError, DataError
+from dmi_hpc.watch import console, counted, progress_bar, say
 
 if TYPE_CHECKING:
-    from dmi_hpc.data.manifest import Compression, SplitName
+    from dmi_hpc.data.check import Damage
+    from dmi_hpc.data.manifest import Compression, Manifest, SplitName
 
 SetFolder = Annotated[Path, typer.Argument(metavar="SET", help="folder of a shard set")]
 
@@ -39,7 +41,7 @@ def info(
     path: SetFolder,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
-    """Show what a set holds: fields, units, sizes, splits, histograms, origin."""
+    """Show what a set holds: fields, units, splits, histograms."""
     from dmi_hpc.cli.data_show import info_json, info_lines
     from dmi_hpc.data.committed import check_size
     from dmi_hpc.data.manifest import read_manifest
@@ -52,9 +54,12 @@ def info(
     if as_json:
         say(info_json(path, manifest, stored))
         return
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
     plain = not (sys.stdout.encoding or "").lower().startswith("utf")
-    say("\n".join(info_lines(path, manifest, stored, width=min(width, 120), plain=plain)))
+    say("\n".join(info_lines(path, manifest, stored, width=_width(), plain=plain)))
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, 120) if sys.stdout.isatty() else 80
 
 
 def head(
@@ -63,7 +68,7 @@ def head(
     split: Annotated[str, typer.Option(help="all | train | validation | test")] = "all",
     fields: Annotated[str, typer.Option(help="names, joined by commas; default: all")] = "",
 ) -> None:
-    """Show the first rows of a set: short values in full, long arrays by their range."""
+    """Show the first rows of a set; long arrays by their range."""
     import numpy as np
 
     from dmi_hpc.cli.data_show import head_lines
@@ -75,7 +80,7 @@ def head(
         numbers = chosen[np.arange(min(rows, len(chosen)))]
         names = _names(fields) or [field.name for field in shards.manifest.fields]
         found = shards.fields([*(n for n in names if n != SPLIT.name), SPLIT.name], numbers)
-        lines = head_lines(shards.manifest, numbers, found)
+        lines = head_lines(shards.manifest, numbers, found, _width())
     say("\n".join(lines) if lines else f"{path}: the split {split} has no rows")
 
 
@@ -89,54 +94,57 @@ def verify(
         Path | None, typer.Option(metavar="COPY", help="mend what is damaged from this copy")
     ] = None,
 ) -> None:
-    """Read every byte of a set and list all damage; with a copy, mend it.
+    """Read every byte of a set; with a copy, mend it.
 
-    Exit code 2: damage is left.
+    All damage is listed. Exit code 2: damage is left.
     """
-    from dmi_hpc.data.check import find_damage, repair
-    from dmi_hpc.data.manifest import read_manifest
+    from dmi_hpc.data.check import find_damage, manifest_of
 
-    manifest = read_manifest(path)
-    with _progress("verifying", manifest.bytes) as progress:
-        damage = find_damage(path, progress)
+    with stops_tidily():
+        manifest, _ = manifest_of(path, repair_from)
+        with _progress("verifying", manifest.bytes) as progress:
+            damage = find_damage(path, progress, copy=repair_from)
+        _list(damage)
+        files = {place.file for place in damage}
+        if damage and repair_from is None:
+            raise CorruptShardError(
+                f"{path}: {counted(len(damage), 'place')} damaged in {counted(len(files), 'file')}. "
+                f"Mend from a copy: dmi data verify {path} --repair-from COPY; or delete damaged "
+                "files and repeat the command that made the set"
+            )
+        if damage and repair_from is not None:
+            total = sum(shard.bytes for shard in manifest.shards if path / shard.file in files)
+            _mend(path, repair_from, damage, total)
+    rows, shards = counted(manifest.rows, "row"), counted(len(manifest.shards), "shard")
+    say(f"{path}: {rows}, {shards}, {manifest.bytes:,} bytes: all whole{' now' if damage else ''}")
+
+
+def _list(damage: Sequence[Damage]) -> None:
     show = console()
     for place in damage[:_SHOWN]:
         show.print(str(place), markup=False)
     if len(damage) > _SHOWN:
-        show.print(f"... and {len(damage) - _SHOWN} more places")
-    whole = (
-        f"{path}: {manifest.rows:,} rows, {len(manifest.shards)} shards, {manifest.bytes:,} bytes"
-    )
-    if not damage:
-        say(f"{whole}: all whole")
-        return
-    bad = {place.file for place in damage}
-    if repair_from is None:
-        raise CorruptShardError(
-            f"{path}: {len(bad)} of {len(manifest.shards)} shards are damaged, in {len(damage)} "
-            f"places. Mend them from a copy: dmi data verify {path} --repair-from COPY; or delete "
-            "them and repeat the command that made the set"
-        )
-    total = sum(shard.bytes for shard in manifest.shards if path / shard.file in bad)
-    with _progress("mending", total) as progress:
-        mended = repair(path, repair_from, damage, progress)
-    for shard in mended:
-        how = "was missing" if shard.whole else f"{shard.blocks} blocks or tables"
-        say(f"mended {shard.file}: {how}, {shard.bytes:,} bytes from {repair_from}")
-    left = find_damage(path)
+        show.print(f"... and {counted(len(damage) - _SHOWN, 'more place')}")
+
+
+def _mend(path: Path, copy: Path, damage: Sequence[Damage], total: int) -> None:
+    """total: bytes of the damaged shards."""
+    from dmi_hpc.data.check import find_damage, repair
+    from dmi_hpc.data.hdf5 import MASTER
+
+    with _progress("mending", 2 * total) as progress:
+        mended = repair(path, copy, damage, progress)
+    for done in mended:
+        say(f"mended {done.file}: {done.what}, {counted(done.bytes, 'byte')} from {copy}")
+    files = {place.file for place in damage}
+    if path / MASTER in files:
+        say(f"removed {path / MASTER}: dmi data master writes it again")
+    with _progress("checking", total) as progress:
+        left = find_damage(path, progress, only=files)
     if left:
         raise CorruptShardError(
             f"{left[0]}. Damaged again since it was mended: is the disk failing?"
         )
-    say(f"{whole}: all whole now")
-
-
-def _list_damage(places: list[str]) -> None:
-    show = console()
-    for place in places[:_SHOWN]:
-        show.print(place, markup=False)
-    if len(places) > _SHOWN:
-        show.print(f"... and {len(places) - _SHOWN} more places")
 
 
 def split(
@@ -162,9 +170,9 @@ def split(
     rows_per_shard: Annotated[int | None, typer.Option(min=1, help="size of the shards")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="default: the cores")] = None,
 ) -> None:
-    """Make a new set from an old one: other splits, order, compression, shards.
+    """Make a new set from an old one: splits, order, compression.
 
-    What is not given stays as it is. Interrupted, the same command continues.
+    Size of the shards, too. What is not given stays as it is. Interrupted, the same command continues.
     """
     from dmi_hpc.config import cores_per_rank
     from dmi_hpc.data.reader import ShardSet
@@ -181,10 +189,20 @@ def split(
         rows_per_shard=rows_per_shard,
     )
     workers = processes or cores_per_rank(1)
-    with ShardSet.open(path, verify="none") as old, _progress("rows", len(old), "rows") as progress:
+    with (
+        stops_tidily("the same command continues"),
+        ShardSet.open(path, verify="none") as old,
+        _progress("rows", len(old), "rows") as progress,
+    ):
         new = rewrite(old, out, changes, processes=workers, progress=progress)
-    rows = ", ".join(f"{count} {name}" for name, count in new.split_rows.items())
-    say(f"data set {out}: {new.rows} rows ({rows}) in {len(new.shards)} shards")
+    say(made_text(out, new))
+
+
+def made_text(folder: Path, manifest: Manifest) -> str:
+    """What a command that made a set says at its end."""
+    rows = ", ".join(f"{count:,} {name}" for name, count in manifest.split_rows.items())
+    shards = counted(len(manifest.shards), "shard")
+    return f"data set {folder}: {counted(manifest.rows, 'row')} ({rows}) in {shards}"
 
 
 def compression_of(text: str) -> Compression | Literal["none"]:
@@ -239,17 +257,19 @@ def stage(
     share = None if part is None else part_of(part)
     total = sum(shard.bytes for shard in staging.part_shards(read_manifest(path), share))
     copied: list[int] = []
-    with _stops_tidily(), _progress("staging", total) as progress:
+    with stops_tidily(), _progress("staging", total) as progress:
 
         def advance(count: int) -> None:
             copied.append(count)
             progress(count)
 
-        how = staging.Staging(to, share, lock_timeout, console().print, advance)
+        how = staging.Staging(to, share, lock_timeout, console().print, advance, progress)
         copy = staging.stage(path, how)
     say(f"{path}: {size_text(total)} in {copy}{'' if copied else ', there already'}")
-    if to.resolve() not in [folder.resolve() for folder in knobs.stage_folders()]:
-        console().print(f"to use it: export {knobs.STAGE}={to}")
+    folders = [folder.resolve() for folder in knobs.stage_folders()]
+    if to.resolve() not in folders:
+        value = os.pathsep.join(map(str, [*folders, to.resolve()]))
+        console().print(f"to use it: export {knobs.STAGE}={shlex.quote(value)}", markup=False)
 
 
 def part_of(text: str) -> tuple[int, int]:
@@ -275,23 +295,8 @@ def _unstage(to: Path, path: Path | None, *, force: bool) -> None:
         )
 
 
-@contextmanager
-def _stops_tidily() -> Iterator[None]:
-    """A batch system's signal ends the block as Ctrl-C does: what is half done is removed."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(EXIT_INTERRUPTED)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def master(path: SetFolder) -> None:
-    """Write SET/master.h5: all shards as one HDF5 file, for other tools.
+    """Write SET/master.h5: all shards as one file of HDF5.
 
     For h5py, MATLAB, HDFView. It holds no data, only where they are: keep it in the folder.
     """
@@ -301,7 +306,9 @@ def master(path: SetFolder) -> None:
 
     with ShardSet.open(path, verify="none") as shards, writing(path):
         offsets = {axis: shards.offsets(axis) for axis in shards.manifest.plan.axes}
-        say(f"{write_master(path, shards.manifest, offsets)}: {len(shards):,} rows as one file")
+        say(
+            f"{write_master(path, shards.manifest, offsets)}: {counted(len(shards), 'row')} as one file"
+        )
 
 
 def bench(
@@ -314,9 +321,10 @@ def bench(
     split: Annotated[str, typer.Option(help="all | train | validation | test")] = "train",
     seconds: Annotated[float, typer.Option(min=0.01, help="of each measurement, about")] = 0.5,
 ) -> None:
-    """Measure how fast this machine reads a set, next to its own memory.
+    """Measure how fast this machine reads a set.
 
-    Empties the page cache of the set's files to measure it cold, where the system allows it.
+    The same work on arrays in memory is measured beside it. Empties the page cache of the set's
+    files to measure it cold, where the system allows it.
     """
     from dmi_hpc.cli.data_show import columns
     from dmi_hpc.data.bench import BenchOptions

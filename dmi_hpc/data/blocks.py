@@ -40,7 +40,7 @@ class ArrayBlocks:
     ) -> None:
         plan, self.array = manifest.plan, array
         self.folder, self.shards = folder, manifest.shards
-        self.stamps = stamps or [None] * len(manifest.shards)
+        self.stamps: Sequence[Stamp | None] = stamps or [None] * len(manifest.shards)
         self.compressed = plan.compressed(array)
         self.stored = [shard.arrays[array.name] for shard in manifest.shards]
         self.entries = Ranges([stored.length for stored in self.stored])

@@ -56,8 +56,9 @@ class Compositions(PlainSource):
         self.csv = CsvFiles(files, options.delimiter)
         self.files = self.csv.files
         self.options = options
-        self.formula = self.csv.index(options.formula)
-        self.value = self.csv.index(options.value)
+        other = ". Choose another with --{}, or import any columns with --as table"
+        self.formula = self.csv.index(options.formula, other.format("formula"))
+        self.value = self.csv.index(options.value, other.format("value"))
         self.splits = Splits(options, options.split_column)
         self.given = self.csv.index(options.split_column) if options.split_column else None
         if self.given is not None:
@@ -85,7 +86,12 @@ class Compositions(PlainSource):
                 unit="1",
                 description=about,
             ),
-            Field(name="value", dtype="float64", unit=o.unit, description=o.quantity),
+            Field(
+                name="value",
+                dtype="float64",
+                unit=o.unit or "",
+                description=o.value if o.quantity is None else o.quantity,
+            ),
             Field(
                 name="formula",
                 dtype=f"S{self.longest}",
@@ -100,6 +106,13 @@ class Compositions(PlainSource):
                 description="of the file; the header is line 1",
             ),
         )
+
+    def notes(self) -> Sequence[str]:
+        if self.options.unit is not None:
+            return ()
+        return [
+            f"the unit of {self.options.value!r} is not known: say it with --unit (eV/atom, ...)"
+        ]
 
     # the first pass: how long formulas are
 

@@ -316,6 +316,9 @@ def is_shard(path: Path) -> bool:
     """Whether a file is a shard of this program; what cannot be read is none."""
     try:
         with h5py.File(path, "r", locking=False) as file:
-            return "fingerprint" in file.attrs and bytes(file.attrs["format"]) == b"dmi-shard"
-    except (OSError, KeyError, TypeError, RuntimeError):
+            found = file.attrs["format"]
+            return (
+                isinstance(found, bytes) and found == b"dmi-shard" and "fingerprint" in file.attrs
+            )
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError):
         return False

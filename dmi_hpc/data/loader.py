@@ -158,7 +158,7 @@ class Loader(Generic[T]):
                 shares = self._windows_ahead(epoch, shares, pool)
             for chunk in self._chunks(shares):
                 waiting.append(pool.submit(self._load, epoch, chunk, stop))
-                if len(waiting) > 2 * self.threads:
+                if len(waiting) > self.threads:  # more buffers would not stay in the cache
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
@@ -209,18 +209,20 @@ class Loader(Generic[T]):
 
     def _group(self, epoch: int, start: int, first: int, stop: int) -> list[_Share]:
         """Shares of the steps from first to stop."""
-        size = self.batches.batch_size
+        size, total = self.batches.batch_size, len(self.rows)
         offsets, weights = self._full
-        befores = [start + step * size for step in range(first, stop)]
-        parts = [(offsets + before, weights.copy()) for before in befores]
-        if befores[-1] + size > len(self.rows):
+        befores = start + size * np.arange(first, stop, dtype=np.int64)
+        positions = befores[:, None] + offsets  # (steps, rows of a share)
+        shares = [(each, weights.copy()) for each in positions]
+        if befores[-1] + size > total:
             last = self.batches.positions(start, stop - 1)
-            parts[-1] = rank_slice(last, self.rank, self.size)
-        rows = self.rows[self.order.index(epoch, np.concatenate([part[0] for part in parts]))]
-        each = np.split(rows, np.cumsum([len(part[0]) for part in parts])[:-1])
+            shares[-1] = rank_slice(last, self.rank, self.size)
+            positions = np.concatenate([positions[:-1].reshape(-1), shares[-1][0]])
+        rows = self.rows[self.order.index(epoch, positions.reshape(-1))]
+        each = len(offsets)
         return [
-            _Share(before, min(before + size, len(self.rows)), *part, mine)
-            for before, part, mine in zip(befores, parts, each, strict=True)
+            _Share(before, min(before + size, total), *share, rows[k * each : (k + 1) * each])
+            for k, (before, share) in enumerate(zip(befores.tolist(), shares, strict=True))
         ]
 
     def _groups(self, start: int) -> Iterator[tuple[int, int]]:

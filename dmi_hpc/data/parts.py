@@ -141,6 +141,9 @@ def _named_as_shards(folder: Path) -> tuple[list[Path], set[str]]:
 
 
 def _is_ours(path: Path, noted: Set[str]) -> bool:
+    """By what it is: anybody may have files of such names."""
+    if not path.is_file():
+        return False
     return path.name.endswith(_SUFFIX) or path.name in noted or is_shard(path)
 
 

@@ -78,7 +78,9 @@ class Rows:
                 raise IndexError(f"a mask of shape {given.shape} for {len(self)} rows")
             return np.flatnonzero(given)
         if given.size and given.dtype.kind not in "iu":
-            raise IndexError(f"positions: expected integers, a mask or a slice, found {given.dtype}")
+            raise IndexError(
+                f"positions: expected integers, a mask or a slice, found {given.dtype}"
+            )
         return given.astype(np.int64, copy=False)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:

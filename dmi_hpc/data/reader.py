@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,9 +9,9 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from dmi_hpc.data.blockreader import BlockReader
 from dmi_hpc.data.blocks import AGAIN, ArrayBlocks
 from dmi_hpc.data.committed import check_files, check_size
-from dmi_hpc.data.hdf5 import H5Reader
 from dmi_hpc.data.manifest import (
     SPLITS,
     Field,
@@ -23,16 +20,11 @@ from dmi_hpc.data.manifest import (
     axis_array,
     read_manifest,
 )
+from dmi_hpc.data.opened import Opened, PerProcess
 from dmi_hpc.data.ragged import Ragged, offsets_of, places_of
 from dmi_hpc.data.ranges import Ranges, Rows
-from dmi_hpc.data.sources import (
-    BlockReader,
-    BlockSource,
-    MappedSource,
-    OracleSource,
-    RamSource,
-    Source,
-)
+from dmi_hpc.data.shardfiles import Stamp
+from dmi_hpc.data.sources import BlockSource, MappedSource, OracleSource, RamSource, Source
 from dmi_hpc.data.storage import Access, access_of
 from dmi_hpc.errors import CorruptShardError, DataError
 
@@ -56,7 +48,8 @@ class ShardSet:
     Back ends: "mmap" reads through the page cache, one copy a node; "pread" and "direct" (O_DIRECT)
     read whole blocks, for storage where small reads are slow; "ram" holds a private copy; "h5py" is
     the oracle. "auto" takes what suits the storage; `access.reason` says why. Safe to use from
-    several threads.
+    several threads and after a fork. Pickled, it is opened by its path where it is unpickled, and its
+    bytes are not compared once more.
     """
 
     def __init__(
@@ -65,19 +58,20 @@ class ShardSet:
         manifest: Manifest,
         *,
         access: Access,
+        stamps: Sequence[Stamp],
         check: bool = False,
         arena_bytes: int = ARENA_BYTES,
     ) -> None:
         self.path, self.manifest = path, manifest
         self.access, self.backend = access, access.backend
-        self._check, self._arena_bytes = check, arena_bytes
+        self._stamps, self._check, self._arena_bytes = stamps, check, arena_bytes
         self._ranges = Ranges([shard.rows for shard in manifest.shards])
         self._blocks: dict[str, ArrayBlocks] = {}
-        self._sources: dict[str, Source] = {}
-        self._handles: dict[int, int] = {}
-        self._readers: dict[int, H5Reader] = {}
-        self._lock = threading.RLock()
-        self._closed = False
+        files = [path / shard.file for shard in manifest.shards]
+        direct = self.backend == "direct"
+        self._opened = PerProcess(
+            Opened(manifest.plan, list(zip(files, stamps, strict=True)), direct=direct)
+        )
 
     @classmethod
     def open(
@@ -92,19 +86,26 @@ class ShardSet:
         """Check every shard's existence and size, and its bytes as `verify` says.
 
         verify: "open" compares every file's checksum and offsets now; "read" each block's checksum
-        when it is first read; "none" nothing more. arena_bytes: that "pread" and "direct" may hold
-        of each field. processes_on_node: that read sets; "auto" shares the memory among them.
+        when it is first read, by any back end; "none" nothing more. arena_bytes: that "pread" and
+        "direct" may hold of each field. processes_on_node: that read sets; "auto" shares the memory
+        among them.
         Raises DataError (no set), FormatVersionError (of another version), CorruptShardError (names
-        the file and what was expected and found).
+        the file and what was expected and found), also later, if the set has been replaced.
         """
-        path = Path(path)
+        path = Path(path).absolute()  # files are opened later, maybe in another folder
         manifest = read_manifest(path)
-        for shard in manifest.shards:
-            check_size(path / shard.file, shard)
+        stamps = _stamps(path, manifest)
         if verify == "open":
             check_files(path, manifest)
         access = _access(path, manifest, backend, processes_on_node)
-        return cls(path, manifest, access=access, check=verify == "read", arena_bytes=arena_bytes)
+        check = verify == "read"
+        return cls(
+            path, manifest, access=access, stamps=stamps, check=check, arena_bytes=arena_bytes
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        options = (self.access, self._check, self._arena_bytes)
+        return _open_again, (self.path, self.manifest.identity, *options)
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -228,7 +229,7 @@ class ShardSet:
         source.take(places + 1, high)
         values = next(field for field in self.manifest.fields if field.axis == axis)
         numbered = self._numbered(values)
-        limits = np.array([stored.length for stored in numbered.stored], dtype=np.int64)[shards]
+        limits = numbered.lengths[shards]
         wrong = np.flatnonzero((low < 0) | (high < low) | (high > limits))
         if wrong.size:
             row = int(wrong[0])
@@ -247,70 +248,37 @@ class ShardSet:
         return Ragged(values, offsets_of(lengths))
 
     def _numbered(self, array: Field) -> ArrayBlocks:
-        with self._lock:
-            if array.name not in self._blocks:
-                self._blocks[array.name] = ArrayBlocks(self.path, self.manifest, array)
-            return self._blocks[array.name]
-
-    def _source(self, array: Field) -> Source:
-        found = self._sources.get(array.name)
+        found = self._blocks.get(array.name)
         if found is None:
-            with self._lock:
-                assert not self._closed, "the shard set is closed"
-                found = self._sources.get(array.name)
-                if found is None:
-                    found = self._sources[array.name] = self._new_source(array)
+            new = ArrayBlocks(self.path, self.manifest, array, self._stamps)
+            found = self._blocks.setdefault(array.name, new)
         return found
 
-    def _new_source(self, array: Field) -> Source:
+    def _source(self, array: Field) -> Source:
+        return self._opened().source(array.name, lambda opened: self._new_source(array, opened))
+
+    def _new_source(self, array: Field, opened: Opened) -> Source:
         blocks = self._numbered(array)
-        if self.backend == "h5py":
-            return OracleSource(blocks, self._reader)
         if self.backend in ("mmap", "ram") and blocks.mappable:
             mapped = MappedSource(blocks, check=self._check)
-            return mapped if self.backend == "mmap" else RamSource(mapped, blocks)
+            return mapped if self.backend == "mmap" else RamSource(blocks, mapped.read)
         reader = BlockReader(
             blocks,
-            self._handle,
+            opened.handle,
             self.manifest.plan.compression,
             check=self._check,
             direct=self.backend == "direct",
         )
+        if self.backend == "h5py":
+            return OracleSource(blocks, opened.reader, reader.stored if self._check else None)
         if not self.reads_blocks:  # a copy, also of small shards where pages are of 64 KiB
-            return RamSource(BlockSource(blocks, reader, slots=4), blocks)
+            return RamSource(blocks, reader.read)
         slots = self._arena_bytes // (blocks.per_block * array.entry_bytes)
         return BlockSource(blocks, reader, slots=slots)
 
-    def _handle(self, shard: int) -> int:
-        """An open file; one a shard, only for back ends that read blocks."""
-        found = self._handles.get(shard)
-        if found is not None:
-            return found
-        with self._lock:
-            if shard not in self._handles:
-                flags = os.O_RDONLY | os.O_CLOEXEC
-                if self.backend == "direct":
-                    flags |= os.O_DIRECT
-                self._handles[shard] = _open(self.path / self.manifest.shards[shard].file, flags)
-            return self._handles[shard]
-
-    def _reader(self, shard: int) -> H5Reader:
-        if shard not in self._readers:
-            path = self.path / self.manifest.shards[shard].file
-            self._readers[shard] = H5Reader(path, self.manifest.plan)
-        return self._readers[shard]
-
     def close(self) -> None:
-        """Close all files; maps end with the last array that shows them."""
-        with self._lock:
-            self._closed = True
-            self._sources.clear()
-            for handle in self._handles.values():
-                os.close(handle)
-            for reader in self._readers.values():
-                reader.close()
-            self._handles.clear()
-            self._readers.clear()
+        """Close all files: each when no thread reads from it any more, maps with their last array."""
+        self._opened().close()
 
     def __enter__(self) -> ShardSet:
         return self
@@ -349,17 +317,24 @@ def _access(path: Path, manifest: Manifest, backend: Backend, processes_on_node:
     return Access(backend, "global", 0, f"{backend} was asked for")
 
 
-def _open(path: Path, flags: int) -> int:
-    try:
-        return os.open(path, flags)
-    except OSError as error:
-        if error.errno == errno.EMFILE:
-            raise DataError(
-                f"{path}: too many open files, this back end needs one a shard. Raise the limit "
-                "(ulimit -n), use backend mmap, or build the set with more rows per shard."
-            ) from None
-        if error.errno == errno.EINVAL and flags & os.O_DIRECT:
-            raise DataError(
-                f"{path}: this file system has no O_DIRECT. Use backend pread or mmap."
-            ) from None
-        raise DataError(f"{path}: cannot be opened: {error}") from None
+def _stamps(path: Path, manifest: Manifest) -> list[Stamp]:
+    """Of the shards, which are there and as long as they were."""
+    for shard in manifest.shards:
+        check_size(path / shard.file, shard)
+    return [Stamp.of(path / shard.file) for shard in manifest.shards]
+
+
+def _open_again(
+    path: Path, identity: str, access: Access, check: bool, arena_bytes: int
+) -> ShardSet:
+    """A set that was pickled. Raises DataError if it is another one here or by now."""
+    manifest = read_manifest(path)
+    if manifest.identity != identity:
+        raise DataError(
+            f"{path}: expected data set {identity}, found {manifest.identity}: replaced since it was "
+            "pickled, or another one on this node"
+        )
+    stamps = _stamps(path, manifest)
+    return ShardSet(
+        path, manifest, access=access, stamps=stamps, check=check, arena_bytes=arena_bytes
+    )

@@ -25,7 +25,7 @@ class Stamp(NamedTuple):
     @classmethod
     def of(cls, file: Path | int) -> Stamp:
         """Of a path or an open file."""
-        found = os.stat(file)
+        found = os.fstat(file) if isinstance(file, int) else file.stat()
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 

@@ -23,6 +23,7 @@ import xxhash
 
 from dmi_hpc import knobs
 from dmi_hpc.data.blocks import AGAIN
+from dmi_hpc.data.check import checksum_of
 from dmi_hpc.data.manifest import (
     Manifest,
     ShardRecord,
@@ -63,22 +64,25 @@ class Staging:
     """What is staged where, and who hears of it.
 
     to: folder of node-local storage. part: (k, n), the share of node k of n, counted from 0.
-    say: called with a line when this process must wait; progress: with bytes copied.
+    say: called with a line when this process must wait; progress: with bytes copied; checked: with
+    bytes of a copy that was there, read again.
     """
 
     to: Path
     part: tuple[int, int] | None = None
     lock_timeout_s: float = LOCK_TIMEOUT_S
     say: Callable[[str], None] = lambda text: None
-    progress: Callable[[int], None] = lambda count: None
+    progress: Progress = lambda count: None
+    checked: Progress = lambda count: None
 
 
 # users
 
 
 def stage(source: Path, how: Staging) -> Path:
-    """Copy a set so that it stays until `remove`; returns the copy. One that is there is used.
+    """Copy a set so that it stays until `remove`; returns the copy.
 
+    One that is there is read again, and used if its bytes are right; a damaged one is replaced.
     Raises DataError: no such set, no room (needed and free are said), the folder belongs to somebody
     else, others held it for longer than the time limit; CorruptShardError: the source is damaged.
     """
@@ -184,37 +188,57 @@ def remove(to: Path, source: Path | None = None, *, force: bool = False) -> tupl
 
 
 def _enter(source: Path, how: Staging, *, keep: bool) -> tuple[Path, Lock]:
-    """The copy, made if need be, and its lock, shared with other users."""
+    """The copy, made if need be, and its lock. keep: one that is there is proved to be right."""
     manifest = read_manifest(source)
     end, told = time.monotonic() + how.lock_timeout_s, False
+    proved, damaged = not keep, False
     while True:
         copy = make_home(how.to) / name_of(manifest, how.part)  # again: the last user removes it
         whole = is_whole(copy, manifest)
-        lock = Lock.take(copy, alone=not whole)
+        lock = Lock.take(copy, alone=damaged or not whole)
         if lock is not None:
             # while nobody waited the copy may have come or gone
             if is_whole(copy, manifest) != whole:
                 lock.close()
                 continue
-            if whole:
+            if whole and (proved or _is_intact(copy, manifest, how.checked)):
                 if keep:
                     mark_kept(copy)
                 return copy, lock
-            try:
-                _replace(copy, source.resolve(), manifest, how, keep)
-            finally:
+            if not whole or damaged:  # nobody else holds it
+                try:
+                    _replace(copy, source.resolve(), manifest, how, keep)
+                    proved, damaged = True, False
+                finally:
+                    lock.close()
+            else:
+                damaged = True
                 lock.close()
             continue
         if time.monotonic() > end:
             raise DataError(
-                f"{copy}: another process has been staging, removing or using it for "
-                f"{how.lock_timeout_s:g} s. See which (fuser {lock_file(copy)}), or wait longer "
-                "(--lock-timeout)"
+                f"{copy}: {'damaged, and ' if damaged else ''}another process has been staging, "
+                f"removing or using it for {how.lock_timeout_s:g} s. See which (fuser "
+                f"{lock_file(copy)}), or wait longer (--lock-timeout)"
             )
         if not told:
-            how.say(f"waiting for another process of this node that stages {source}")
+            why = f"uses a damaged copy of {source}" if damaged else f"stages {source}"
+            how.say(f"waiting for another process of this node that {why}")
             told = True
         time.sleep(random.uniform(*_POLL_S))
+
+
+def _is_intact(copy: Path, manifest: Manifest, progress: Progress) -> bool:
+    """Whether a copy's own shards, not those that are links, have the bytes of the manifest."""
+    own = [shard for shard in manifest.shards if not (copy / shard.file).is_symlink()]
+    try:
+        if read_manifest(copy).identity != manifest.identity:
+            return False
+        with ThreadPoolExecutor(max(1, min(_THREADS, len(own)))) as pool:
+            sums = pool.map(lambda shard: checksum_of(copy / shard.file, progress), own)
+            return all(found == shard.xxh3 for found, shard in zip(sums, own, strict=True))
+    except (OSError, DataError):
+        return False
 
 
 # the copy

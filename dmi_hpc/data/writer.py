@@ -80,8 +80,7 @@ class ShardWriter:
         self._check_open()
         given = dict(rows)
         if SPLIT.name not in given:
-            arrays = [v for v in given.values() if isinstance(v, Ragged) or getattr(v, "ndim", 0)]
-            count = max(map(len, arrays), default=0)
+            count = max((len(v) for v in given.values() if _has_rows(v)), default=0)
             rule, numbers = self.plan.split_rule, range(self._rows, self._rows + count)
             splits = [split_of(rule.seed, str(n), rule.validation, rule.test) for n in numbers]
             given[SPLIT.name] = np.array(splits, dtype=np.uint8)
@@ -156,6 +155,10 @@ class ShardWriter:
 def _prefix(generation: int) -> str:
     """Of shard files: a set that replaces another has names of its own."""
     return "shard-" if generation == 0 else f"shard{generation}-"
+
+
+def _has_rows(values: object) -> bool:
+    return isinstance(values, Ragged) or (isinstance(values, np.ndarray) and values.ndim > 0)
 
 
 def _slice(values: Array | Ragged, start: int, stop: int) -> Array | Ragged:

@@ -231,7 +231,7 @@ def check_resumed(writers, target, calls, seed):
     assert all((target / name).stat().st_mtime_ns == then for name, then in times.items())
     assert check_whole(target) == seed
     if complete:  # then nothing needed the lock, whose file a killed holder leaves
-        (target / "lock").unlink(missing_ok=True)
+        (target / ".dmi-lock").unlink(missing_ok=True)
     check_clean(target)
 
 

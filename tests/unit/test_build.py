@@ -127,8 +127,8 @@ def test_parts_left_by_a_kill_behind_the_commit_are_removed(tmp_path):
     toy.build_alone(target)
     before = toy.content(target)
     (target / "shard-00001.h5.part.json").write_text("{}")
-    (target / "shard-00099.h5").write_bytes(b"stray")
-    (target / ".tmp-manifest.json-1-ab").write_bytes(b"half")
+    shutil.copy(target / "shard-00001.h5", target / "shard-00099.h5")
+    (target / ".tmp-manifest.json-1-0123abcd").write_bytes(b"half")
     toy.build_alone(target, rows=toy.Rows(fail_at=0))
     assert toy.content(target) == before
 
@@ -189,8 +189,11 @@ def test_a_second_build_in_the_folder_is_refused(tmp_path):
         (lambda made: made.update(x=made["x"][:, :2]), r"'x': expected float32 \(3,\)"),
         (lambda made: made.update(x=made["x"] * np.float32(np.nan)), "'x' has values that are not"),
         (lambda made: made.update(split=np.full(16, 3, np.uint8)), "expected 0, 1 or 2"),
-        (lambda made: made.update(x=made["x"].tolist()), "'x': expected an array, found list"),
-        (lambda made: made.update(z=made["n"]), "'z': expected ragged"),
+        (
+            lambda made: made.update(x=made["x"].tolist()),
+            r"'x': expected dense rows, a NumPy array \(n, 3\) of float32; found list",
+        ),
+        (lambda made: made.update(z=made["n"]), "'z': expected ragged rows.*found ndarray"),
         (lambda made: made.update(n=made["n"][:3]), "'n': 3 rows, expected 16"),
     ],
 )
@@ -267,7 +270,7 @@ def test_a_small_disk_says_so_and_more_room_goes_on(tmp_path, processes):
         names = {path.name for path in (folder / "set").iterdir()}
         kept = {name for name in names if name + ".part.json" in names}
         assert 0 < len(kept) < 12
-        assert not [name for name in names if name.startswith((".tmp", "lock", "manifest"))]
+        assert not [name for name in names if name.startswith((".tmp", ".dmi-lock", "manifest"))]
         moved = tmp_path / "roomy"
         shutil.copytree(folder / "set", moved)
     toy.build_alone(moved, toy.make_plan(rows=200), toy.Rows(calls=str(calls)))
@@ -280,7 +283,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(DataError, match="row 40"):
         toy.build_alone(tmp_path / "set", rows=toy.Rows(fail_at=40))
     before = toy.content(tmp_path / "set")
-    refused = pytest.raises(RunError, match=r"cannot write: .*set/lock")
+    refused = pytest.raises(RunError, match=r"cannot write: .*set/\.dmi-lock")
     with disk.read_only(tmp_path / "set"), refused:
         toy.build_alone(tmp_path / "set")
     assert toy.content(tmp_path / "set") == before
@@ -332,7 +335,7 @@ def test_kill_and_repeat(tmp_path):
         process.wait()
     assert workers
     assert not psutil.wait_procs(workers, timeout=20)[1], "workers outlive their parent"
-    (target / ".tmp-shard-00005.h5-1-abc").write_bytes(b"half")
+    (target / ".tmp-shard-00005.h5-1-0123abcd").write_bytes(b"half")
     noted = [path.name.removesuffix(".part.json") for path in target.glob("*.part.json")]
     kept = {name: (target / name).stat().st_mtime_ns for name in noted}
     assert not (target / "manifest.json").exists()
@@ -368,7 +371,7 @@ def test_two_builds_at_once_in_one_folder(tmp_path):
         go.set()
         first.join(60)
     assert outcomes == [toy.build_alone(tmp_path)]
-    assert not (tmp_path / "lock").exists()
+    assert not (tmp_path / ".dmi-lock").exists()
 
 
 def test_a_corrupt_shard_is_mended_as_its_message_says(tmp_path):

@@ -13,6 +13,7 @@ from toy_set import toy_set
 from dmi_hpc import files
 from dmi_hpc.data import check
 from dmi_hpc.data.check import find_damage, repair
+from dmi_hpc.data.hdf5 import write_master
 from dmi_hpc.data.manifest import BLOCK_ENTRY, read_manifest
 from dmi_hpc.data.parts import file_checksum
 from dmi_hpc.data.reader import ShardSet
@@ -66,8 +67,10 @@ def test_a_whole_set_has_no_damage_and_every_byte_was_read(pair):
     folder, _, manifest = pair
     counts = []
     assert find_damage(folder, counts.append) == ()
-    blocks = sum(counts)
-    assert 0.01 * manifest.bytes < blocks <= manifest.bytes  # the rest is HDF5's own
+    assert sum(counts) == manifest.bytes
+    only = folder / manifest.shards[1].file
+    assert find_damage(folder, counts.append, only=[only]) == ()
+    assert sum(counts) == manifest.bytes + manifest.shards[1].bytes
 
 
 @pytest.mark.parametrize("array", ["x", "y", "formula", "split", "z", "edge", "_axes.node"])
@@ -114,7 +117,8 @@ def test_all_damage_is_listed_in_order(pair):
     mended = repair(folder, copy, found, counts.append)
     assert [m.file.name for m in mended] == [manifest.shards[k].file for k in (0, 1, 3, 4)]
     assert [m.whole for m in mended] == [False, True, False, False]
-    assert sum(counts) == sum(manifest.shards[k].bytes for k in (0, 1, 3, 4))
+    # written, and read as a proof
+    assert sum(counts) == 2 * sum(manifest.shards[k].bytes for k in (0, 1, 3, 4))
     assert_whole(folder, manifest)
 
 
@@ -233,6 +237,73 @@ def test_another_set_is_no_copy(tmp_path, pair):
         repair(folder, tmp_path / "other", find_damage(folder))
     with pytest.raises(DataError, match="no such file"):
         repair(folder, tmp_path / "nothing", find_damage(folder))
+
+
+def test_a_master_of_another_set_is_found_and_removed(tmp_path):
+    for name, seed in (("set", 0), ("copy", 0), ("old", 7)):
+        toy_set(tmp_path / name, rows=20, seed=seed)
+    with ShardSet.open(tmp_path / "old") as old:
+        offsets = {axis: old.offsets(axis) for axis in old.manifest.plan.axes}
+        master = write_master(tmp_path / "old", old.manifest, offsets)
+    assert find_damage(tmp_path / "old") == ()
+    shutil.copy(master, tmp_path / "set")
+    (found,) = find_damage(tmp_path / "set")
+    assert "master.h5: made from another set than is here" in str(found)
+    assert repair(tmp_path / "set", tmp_path / "copy", [found]) == []
+    assert_whole(tmp_path / "set", read_manifest(tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("how", ["lost", "damaged"])
+def test_a_manifest_is_mended_with_shards_that_are_missing(pair, how):
+    folder, copy, manifest = pair
+    if how == "lost":
+        (folder / "manifest.json").unlink()
+    else:
+        flip(folder / "manifest.json", 40)
+    (folder / manifest.shards[1].file).unlink()
+    with pytest.raises(DataError):
+        find_damage(folder)
+    found = find_damage(folder, copy=copy)
+    assert [d.file.name for d in found] == ["manifest.json", manifest.shards[1].file]
+    mended = repair(folder, copy, found)
+    assert {m.file.name for m in mended} == {"manifest.json", manifest.shards[1].file}
+    assert_whole(folder, manifest)
+
+
+@pytest.mark.parametrize("how", ["damaged", "more", "none"])
+def test_a_manifest_that_may_be_of_another_set_is_not_taken(pair, how):
+    folder, copy, manifest = pair
+    (folder / "manifest.json").unlink()
+    first = folder / manifest.shards[0].file
+    if how == "damaged":
+        flip(first, 9)
+    elif how == "more":
+        shutil.copy(first, folder / "shard-00005.h5")
+    else:
+        for shard in manifest.shards:
+            (folder / shard.file).unlink()
+    said = "no shard of it is here" if how == "none" else "knows no such shard-0000[05].h5"
+    with pytest.raises(DataError, match=said):
+        repair(folder, copy, find_damage(folder, copy=copy))
+    assert not (folder / "manifest.json").exists()
+
+
+def test_a_mended_shard_keeps_its_mode_and_links(pair, tmp_path):
+    folder, copy, manifest = pair
+    first, second, third = (folder / shard.file for shard in manifest.shards[:3])
+    first.chmod(0o440)
+    second.rename(tmp_path / "elsewhere.h5")
+    second.symlink_to(tmp_path / "elsewhere.h5")
+    for path in (first, second):
+        flip(path, 9)
+    repair(folder, copy, find_damage(folder))
+    assert first.stat().st_mode & 0o777 == 0o440
+    assert second.is_symlink()
+    assert_whole(folder, manifest)
+    third.unlink()
+    third.symlink_to(tmp_path / "unmounted" / third.name)
+    with pytest.raises(CorruptShardError, match="whose folder is missing"):
+        repair(folder, copy, find_damage(folder))
 
 
 def test_a_full_disk_leaves_the_damaged_file(pair, monkeypatch):

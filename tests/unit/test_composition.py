@@ -235,9 +235,10 @@ def test_an_edited_table_is_not_taken_for_the_old_one(tmp_path):
 def test_no_composition_is_in_two_splits(tmp_path_factory, amounts):
     folder = tmp_path_factory.mktemp("leak")
     lines = [f"Ti{a}O{b},{k}" for k, (a, b) in enumerate(amounts)]
+    lines.append("NaCl,0")  # for training, by its key
     run(folder, "\n".join(["formula,target", *lines]), validation=0.3, test=0.3)
     inputs, splits = read(folder, "fractions", "split")
-    assert len(inputs) == len(amounts)
+    assert len(inputs) == len(lines)
     found = {}
     for row, split in zip(inputs, splits, strict=True):
         assert found.setdefault(tuple(row), split) == split

@@ -62,10 +62,14 @@ def test_json_that_is_not_json_is_refused(tmp_path):
 def test_what_killed_writers_left_is_removed(tmp_path):
     with atomic_file(tmp_path / "kept") as temp:
         temp.write_text("x")
-    (tmp_path / ".tmp-file").write_text("half")
-    (tmp_path / ".tmp-folder" / "inner").mkdir(parents=True)
+    (tmp_path / ".tmp-file-7-0123abcd").write_text("half")
+    (tmp_path / ".tmp-folder-7-0123abcd" / "inner").mkdir(parents=True)
+    (tmp_path / ".tmp-link-7-0123abcd").symlink_to(tmp_path / "mine")
+    mine = {"kept", "mine", ".tmp-mine", ".tmp-file-7-0123", ".tmp-a-b-0123abcd"}
+    for name in mine - {"kept"}:
+        (tmp_path / name).mkdir()
     remove_stale(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert {path.name for path in tmp_path.iterdir()} == mine
 
 
 def test_a_second_job_in_a_folder_is_refused_and_nothing_is_left(tmp_path):
@@ -78,9 +82,35 @@ def test_a_second_job_in_a_folder_is_refused_and_nothing_is_left(tmp_path):
 
 
 def test_a_lock_left_by_a_killed_holder_does_not_hold(tmp_path):
-    (tmp_path / "lock").touch()
+    (tmp_path / ".dmi-lock").touch()
     with exclusive(tmp_path, "training"):
         pass
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "pipe"])
+def test_a_lock_that_is_no_file_of_ours_is_refused(tmp_path, kind):
+    path, mine = tmp_path / ".dmi-lock", tmp_path / "mine"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(mine)
+    if kind == "link":
+        mine.write_text("content")
+    with pytest.raises(RunError, match="dmi-lock: expected a plain file"):
+        exclusive(tmp_path, "training").__enter__()
+    assert path.is_symlink() or path.exists()
+    assert mine.exists() == (kind == "link")
+
+
+def test_other_files_are_no_lock(tmp_path):
+    """The lock is neither cut nor anybody else's file."""
+    for name in ("lock", ".dmi-lock"):
+        (tmp_path / name).write_text("content")
+    with exclusive(tmp_path, "training"):
+        assert {path.read_text() for path in tmp_path.iterdir()} == {"content"}
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize(

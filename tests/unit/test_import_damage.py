@@ -52,7 +52,7 @@ def test_damage_is_told(tmp_path, name, caplog):
     caplog.set_level("CRITICAL")  # of tifffile
     path = tmp_path / name
     MAKERS[name](path)
-    options = ImportOptions(bad="skip", replace=True, processes=1)
+    options = ImportOptions(bad="skip", replace=True, processes=1, validation=0, test=0)
     assert import_files([path], tmp_path / "set", options)[1].skipped == 0
     whole, dice = path.read_bytes(), random.Random(name)
     outcomes = set()

@@ -106,7 +106,7 @@ def test_labels_from_a_table(tmp_path):
     )
     _, report = run(tmp_path, labels=labels, bad="skip", split_column="part")
     assert [bad.reason for bad in report.bad] == [f"not in {labels}"]
-    assert report.notes == [f"{labels}: 1 rows name no file (7)"]
+    assert report.notes == [f"{labels}: 1 row without a file of that name (7)"]
     assert by_name(tmp_path, "strength") == {"0.tif": 1.5, "1.tif": 2.5, "2.tif": 3.5}
     assert by_name(tmp_path, "batch") == {"0.tif": b"x", "1.tif": b"yy", "2.tif": b"x"}
     assert rows(tmp_path, "name", "test").tolist() == [b"1.tif"]

@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -173,6 +175,18 @@ def test_another_set_is_not_replaced_unless_said(tmp_path):
     assert len(values(target)) == 300
 
 
+@pytest.mark.parametrize(
+    ("source", "out"), [("raw/t.csv", "raw"), ("raw", "raw"), ("raw", "raw/set"), ("raw", ".")]
+)
+def test_a_set_is_not_written_among_its_sources(tmp_path, source, out):
+    (tmp_path / "raw").mkdir()
+    table(tmp_path / "raw" / "t.csv")
+    with pytest.raises(DataError, match=r"sources are read from .*raw\. Write the set to a folder"):
+        import_files([tmp_path / source], tmp_path / out, ImportOptions())
+    assert [path.name for path in tmp_path.rglob("*")] == ["raw", "t.csv"]
+    import_files([tmp_path / "raw" / "t.csv"], tmp_path / "raw" / "set", ImportOptions())
+
+
 def test_an_error_leaves_the_old_set(tmp_path, monkeypatch):
     target = tmp_path / "set"
     import_files([table(tmp_path / "one.csv")], target, ImportOptions())
@@ -298,8 +312,15 @@ def test_the_command_says_what_became_of_the_records(tmp_path):
     assert "... and 10 more bad records" in result.output
     result = cli(path, "--out", tmp_path / "other")
     assert isinstance(result.exception, DataError)
-    result = cli(path, "--out", tmp_path / "other", "--bad", "maybe")
-    assert isinstance(result.exception, RecipeError)
+    for option, word, known in [
+        ("--bad", "maybe", "error, skip"),
+        ("--as", "films", "composition, table, .*auto"),
+        ("--compress", "zip", "none, zstd, blosc2"),
+        ("--processes", "²", "auto, or how many"),
+    ]:
+        result = cli(path, "--out", tmp_path / "other", option, word)
+        assert isinstance(result.exception, DataError)
+        assert re.search(f"{option}: found '{word}', expected {known}", str(result.exception))
     field = "value=float32:eV:of the sum"
     mapping = tmp_path / "map.toml"
     mapping.write_text('[fields.value]\nsource = "target"\n')

@@ -48,7 +48,7 @@ def test_cif_folder_with_the_table_of_cgcnn(tmp_path):
     folder = cifs(tmp_path / "in")
     (folder / "id_prop.csv").write_text("salt,8.5\nwurtzite,3.4\nlost,1\n")
     manifest, report = run(folder, tmp_path)
-    assert report.notes == [f"{folder / 'id_prop.csv'}: 1 rows name no file (lost)"]
+    assert report.notes == [f"{folder / 'id_prop.csv'}: 1 row without a file of that name (lost)"]
     assert rows(tmp_path, "name").tolist() == [b"salt", b"wurtzite"]
     assert rows(tmp_path, "formula").tolist() == [b"NaCl", b"OZn"]
     assert rows(tmp_path, "target").tolist() == [8.5, 3.4]
@@ -158,7 +158,7 @@ def test_torn_xyz_files_name_line_and_frame(tmp_path):
     path.write_text("".join(lines[:5]) + "\nthree\n")
     _, report = run(path, tmp_path, bad="skip", replace=True)
     assert [str(b).partition("extxyz:")[2] for b in report.bad] == [
-        "7 (frame 1): expected the number of atoms, found 'three'; the rest cannot be read"
+        "7 (frame 1): expected the number of atoms, found 'three'"
     ]
     path.write_text("")
     with pytest.raises(DataError, match="no usable record in 0"):

@@ -23,7 +23,9 @@ from dmi_hpc.data.manifest import (
     split_of,
     write_manifest,
 )
+from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.reader import ShardSet
+from dmi_hpc.data.writer import ShardWriter
 from dmi_hpc.errors import DataError, FormatVersionError
 
 
@@ -302,6 +304,25 @@ def test_numpy_s_names_of_types(given_, stored):
     field = Field(name="x", dtype=given_, unit="", description="")
     assert field.dtype == stored
     assert field.numpy == np.dtype(stored).newbyteorder("<")
+
+
+@pytest.mark.parametrize("key", ["unit", "description"])
+@pytest.mark.parametrize(
+    ("text", "message"), [("a" * 4097, "at most 4096"), ("\ud800", "surrog|Unicode|unicode")]
+)
+def test_texts_that_hdf5_cannot_store_are_refused(key, text, message):
+    with pytest.raises(ValidationError, match=message):
+        Field(**{"name": "x", "dtype": "int8", "unit": "", "description": "", key: text})
+
+
+def test_the_longest_texts_are_stored(tmp_path):
+    longest = "\U0001f600" * 4096
+    field = Field(name="x", dtype="int8", unit=longest, description=longest, axis="a" * 64)
+    plan = toy.make_plan(None, fields=(field,))
+    with ShardWriter(tmp_path, plan) as writer:
+        writer.append({"x": Ragged(np.zeros(3, np.int8), np.array([0, 1, 3]))})
+    with ShardSet.open(tmp_path) as shards:
+        assert shards.manifest.plan.fields[0] == field
 
 
 def test_references_are_integers():

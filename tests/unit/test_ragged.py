@@ -76,6 +76,14 @@ def test_impossible_offsets_are_refused(offsets, message):
         Ragged(np.zeros(3), np.array(offsets, dtype=np.int64))
 
 
+def test_offsets_of_any_integers_are_int64_and_of_floats_refused():
+    with pytest.raises(ValueError, match="never to fall"):
+        Ragged(np.zeros(3), np.array([0, 2, 1, 3], dtype=np.uint64))
+    assert Ragged(np.zeros(3), np.array([0, 2, 3], dtype=np.uint8)).offsets.dtype == np.int64
+    with pytest.raises(ValueError, match="expected integers, found float64"):
+        Ragged(np.zeros(3), np.array([0.0, 3.0]))
+
+
 def test_places_of_nothing():
     none = np.array([], dtype=np.int64)
     assert places_of(none, none).size == 0

@@ -70,3 +70,27 @@ def test_memory_is_that_of_the_ranges():
         10**11,
         10**11 + 10**10 - 1,
     ]
+
+
+def test_masks_and_slices_choose_rows_as_of_an_array():
+    rows = Rows([3, 20], [4, 2])
+    everything = np.asarray(rows)
+    mask = everything % 2 == 0
+    assert rows[mask].tolist() == everything[mask].tolist() == [4, 6, 20]
+    for part in (slice(None), slice(1, -1), slice(None, None, -2), slice(9, 9)):
+        assert rows[part].tolist() == everything[part].tolist()
+    assert rows[np.array([], dtype=float)].tolist() == []
+    assert rows[np.uint8(5)] == 21
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (np.array([1.9]), "expected integers, a mask or a slice, found float64"),
+        (np.ones(5, dtype=bool), r"a mask of shape \(5,\) for 6 rows"),
+        (np.array(["1"]), "found <U1"),
+    ],
+)
+def test_what_are_no_positions_is_refused(index, message):
+    with pytest.raises(IndexError, match=message):
+        Rows([3, 20], [4, 2])[index]

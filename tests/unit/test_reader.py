@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_sets import NAMES, assert_same, content, make_set, numbers, pick
 
-from dmi_hpc.data import ShardSet, reader
+from dmi_hpc.data import ShardSet
 from dmi_hpc.data.blocks import ArrayBlocks
 from dmi_hpc.data.sources import BlockSource
 from dmi_hpc.errors import CorruptShardError, DataError
@@ -207,7 +207,7 @@ def test_nothing_stays_open(toy, backend):
     assert open_files(folder) == []
     for name, values in found.items():  # copies outlive the set
         assert_same(values, made[name])
-    with pytest.raises(AssertionError, match="closed"):
+    with pytest.raises(DataError, match="closed: open it again"):
         shards.gather("x", np.array([0]))
 
 
@@ -224,7 +224,7 @@ def test_too_few_open_files_are_explained(toy, monkeypatch):
         raise OSError(24, "Too many open files")
 
     with ShardSet.open(folder, backend="pread") as shards:
-        monkeypatch.setattr(reader.os, "open", no_more)
+        monkeypatch.setattr(os, "open", no_more)
         with pytest.raises(DataError, match=r"ulimit -n.*backend mmap"):
             shards.gather("x", np.array([0]))
 
@@ -239,7 +239,7 @@ def test_a_file_system_without_direct_reads_is_explained(toy, monkeypatch):
         return usual(path, flags, *more, **named)
 
     with ShardSet.open(folder, backend="direct") as shards:
-        monkeypatch.setattr(reader.os, "open", strict)
+        monkeypatch.setattr(os, "open", strict)
         with pytest.raises(DataError, match=r"no O_DIRECT\. Use backend pread"):
             shards.gather("x", np.array([0]))
 

@@ -119,14 +119,14 @@ def shorter(ragged):
     [
         ({"n": np.zeros(9)}, "'n': expected int64 .* found float64"),
         ({"n": np.zeros(8, np.int64)}, "'n': 8 rows, expected 9"),
-        ({"n": [1] * 9}, "'n': expected an array, found list"),
-        ({"n": np.int64(1)}, "'n': expected an array, found int64"),
+        ({"n": [1] * 9}, r"'n': expected dense rows, a NumPy array \(n\) of int64; found list"),
+        ({"n": np.int64(1)}, "'n': expected dense.*found int64"),
         ({"text": np.zeros(9, "S8")}, r"'text': expected S7.* found \|S8"),
         ({"text": np.zeros(9, "U7")}, "'text': expected S7"),
         ({"x": np.full((9, 3), np.inf, np.float32)}, "'x' has values that are not finite"),
         ({"x": np.zeros((9, 2), np.float32)}, r"'x': expected float32 \(3,\).*\(2,\)"),
         ({"z": np.zeros(9, np.uint8)}, "'z': expected ragged"),
-        ({"n": Ragged(np.zeros(9, np.int64), np.arange(10))}, "'n': expected dense"),
+        ({"n": Ragged(np.zeros(9, np.int64), np.arange(10))}, "'n': expected dense.*found Ragged"),
         ({"split": np.full(9, 3, np.uint8)}, "'split': expected 0, 1 or 2, found 3"),
     ],
 )

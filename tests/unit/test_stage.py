@@ -73,6 +73,8 @@ def test_a_staged_copy_is_the_set_and_is_used_again(source, to):
     counts.clear()
     assert stage(source, Staging(to, progress=counts.append)) == copy
     assert counts == []
+    stage(source, Staging(to, checked=counts.append))
+    assert sum(counts) == read_manifest(source).bytes
     assert home_of(to).stat().st_mode & 0o777 == 0o700
     assert copy.stat().st_mode & 0o777 == 0o700
 
@@ -114,6 +116,33 @@ def test_a_copy_with_a_file_missing_is_made_again(source, to):
     assert find_staged(source) == source
     assert stage(source, Staging(to)) == copy
     assert same_rows(source, copy)
+
+
+@pytest.mark.parametrize("part", [None, (1, 3)])
+def test_a_damaged_copy_is_replaced_when_nobody_uses_it(source, to, part):
+    how = Staging(to, part, lock_timeout_s=0.1)
+    copy = stage(source, how)
+    shard = part_shards(read_manifest(source), part)[0]
+    flip(copy / shard.file)
+    with staged(source, how), pytest.raises(DataError, match="damaged, and another process"):
+        stage(source, how)
+    assert stage(source, how) == copy
+    assert (copy / shard.file).read_bytes() == (source / shard.file).read_bytes()
+    flip(copy / "manifest.json")
+    stage(source, how)
+    assert same_rows(source, copy)
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[-9] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_folder_to_look_in_must_be_absolute(source, to, monkeypatch):
+    monkeypatch.setenv("DMI_STAGE", f"{to}:node")
+    with pytest.raises(DataError, match="DMI_STAGE: found 'node', expected absolute paths"):
+        find_staged(source)
 
 
 def test_a_damaged_source_is_refused_and_nothing_is_left(source, to):

@@ -69,7 +69,7 @@ def test_a_second_training_in_the_run_is_refused(run):
 
 
 def test_leftovers_of_killed_writers_go_at_the_start(run):
-    (run.checkpoints / ".tmp-step-00000001-1-abc").mkdir(parents=True)
+    (run.checkpoints / ".tmp-step-00000001-1-0123abcd").mkdir(parents=True)
     begin(plan_of(run), resume=False)
     assert list(run.checkpoints.iterdir()) == []
 

@@ -1,11 +1,15 @@
 """ShardWriter: appended in any pieces the set is the same; it appears whole or not at all."""
 
+import errno
 import json
+import os
 import shutil
 import threading
 
+import h5py
 import numpy as np
 import pytest
+import torch
 import toy_build as toy
 import toy_disk as disk
 from hypothesis import given, settings
@@ -236,18 +240,102 @@ def test_a_failed_start_leaves_no_lock(tmp_path):
             toy.write_set(tmp_path)
     with exclusive(tmp_path, "test"):
         pass
-    assert not (tmp_path / "lock").exists()
+    assert not (tmp_path / ".dmi-lock").exists()
 
 
 def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
     toy.write_set(tmp_path, seed=1)
-    strays = ["shard-00009.h5", "shard1-00000.h5", "shard3-00012.h5", ".tmp-shard-00001.h5-1-ab"]
-    mine = ["notes.txt", "master.h5", "my-shard-00001.h5", "shard-1.h5", "shards.csv"]
-    for name in strays + mine:
+    for name in ("shard-00009.h5", "shard3-00012.h5"):
+        shutil.copy(tmp_path / "shard-00000.h5", tmp_path / name)
+    (tmp_path / ".tmp-shard-00001.h5-1-0123abcd").write_text("content")
+    mine = ["notes.txt", "master.h5", "my-shard-00001.h5", "shard-1.h5", "lock", ".tmp-mine"]
+    mine += ["shard-00008.h5", "shard1-00000.h5"]  # named as ours, but not written by us
+    for name in mine:
         (tmp_path / name).write_text("content")
     toy.write_set(tmp_path, seed=2)
     names = {shard.file for shard in read_manifest(tmp_path).shards}
     assert {path.name for path in tmp_path.iterdir()} == names | {"manifest.json", *mine}
+    assert {(tmp_path / name).read_text() for name in mine} == {"content"}
+
+
+@pytest.mark.parametrize("make", [toy.write_set, toy.build_alone])
+@pytest.mark.parametrize("kind", ["text", "HDF5", "folder", "pipe"])
+def test_files_of_others_named_as_shards_are_in_the_way(tmp_path, make, kind):
+    path = tmp_path / "shard-00003.h5"
+    if kind == "text":
+        path.write_text("content")
+    elif kind == "HDF5":
+        with h5py.File(path, "w") as file:
+            file.attrs["format"] = "another"
+    else:
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    before = path.stat()
+    with pytest.raises(
+        DataError, match=r"not written by this program \(shard-00003\.h5\)\. Choose"
+    ):
+        make(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def full_once(monkeypatch, shard):
+    """The disk is full when this shard is written, and has room again later."""
+    from dmi_hpc.data import writer as module
+
+    real, calls = module.make_part, []
+
+    def make_part(*arguments):
+        calls.append(1)
+        if len(calls) == shard + 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "make_part", make_part)
+
+
+def test_a_failed_append_is_not_forgotten(tmp_path, monkeypatch):
+    full_once(monkeypatch, 1)
+    with (
+        pytest.raises(DataError, match="rows are lost since an append failed"),
+        ShardWriter(tmp_path, toy.make_plan(None, 10)) as writer,
+    ):
+        with pytest.raises(DataError, match="no space left"):
+            writer.append(toy.make_rows(range(35)))
+        with pytest.raises(DataError, match="rows are lost"):
+            writer.append(toy.make_rows(range(35)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refused_rows_may_be_mended_and_appended_again(tmp_path):
+    with ShardWriter(tmp_path, toy.make_plan(None, 10)) as writer:
+        with pytest.raises(DataError, match="expected dense rows"):
+            writer.append(toy.make_rows(range(35)) | {"x": [1]})
+        writer.append(toy.make_rows(range(35)))
+    check(tmp_path, 35)
+
+
+def test_a_writer_is_used_in_its_block_and_once(tmp_path):
+    writer, rows = ShardWriter(tmp_path, toy.make_plan(None, 10)), toy.make_rows(range(35))
+    with pytest.raises(DataError, match=r"appended in the block of `with ShardWriter"):
+        writer.append(rows)
+    with writer:
+        writer.append(rows)
+    with pytest.raises(DataError, match="block of this writer has ended"):
+        writer.append(rows)
+    with pytest.raises(DataError, match="a writer writes one set"), writer:
+        pass
+    check(tmp_path, 35)
+
+
+@pytest.mark.parametrize(
+    "value", [3.0, [1.0], None, np.float32(1), torch.ones(2, 3), np.array(1.0)], ids=str
+)
+def test_rows_that_are_no_array_are_named(tmp_path, value):
+    plan = toy.make_plan(None, fields=(toy.FIELDS[0],))
+    name = plan.fields[0].name
+    found = f"field '{name}': expected dense rows, a NumPy array .*; found {type(value).__name__}"
+    with pytest.raises(DataError, match=found), ShardWriter(tmp_path, plan) as writer:
+        writer.append({name: value})
 
 
 def test_an_unfinished_build_survives_a_failed_writer_only(tmp_path):
@@ -303,7 +391,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     toy.write_set(tmp_path / "set")
     before = toy.content(tmp_path / "set")
     with disk.read_only(tmp_path / "set"):
-        with pytest.raises(RunError, match=r"cannot write: .*set/lock"):
+        with pytest.raises(RunError, match=r"cannot write: .*set/\.dmi-lock"):
             toy.write_set(tmp_path / "set", seed=1)
         with pytest.raises(RunError, match="cannot write"):
             toy.write_set(tmp_path / "set" / "inner", seed=1)

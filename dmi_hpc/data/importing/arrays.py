@@ -65,6 +65,13 @@ class ArraySource(PlainSource):
                     f"{name}: {spec.origin} ({dtype}, {shape}) cannot be imported: expected numbers "
                     "or text along at least one axis"
                 )
+            if 0 in shape[1:]:
+                raise DataError(f"{name}: {spec.origin} {shape}: its entries hold no values")
+            if dtype.kind == "f" and dtype.itemsize > 8 and spec.dtype is None:
+                raise DataError(
+                    f"{name}: {spec.origin} is of type {dtype}, the widest that is stored is float64: "
+                    f"say that it is to be rounded with --field {spec.name}=float64"
+                )
             if shape[1:] != first[spec.origin][0][1:]:
                 raise DataError(
                     f"{name}: {spec.origin} has entries of shape {shape[1:]}, in {self.names[0]} "
@@ -85,6 +92,12 @@ class ArraySource(PlainSource):
             source = axis.lengths or axis.offsets or ""
             if source not in shapes:
                 raise DataError(f"{name}: axis {axis.name}: no array {source!r}{overview(shapes)}")
+            shape, dtype = shapes[source]
+            if dtype.kind not in "iu" or len(shape) != 1:
+                raise DataError(
+                    f"{name}: axis {axis.name}: expected integers along one axis in {source!r}, found "
+                    f"{dtype} {shape}"
+                )
             lengths[source] = shapes[source][0][0] - (axis.offsets is not None)
         if self.decides is not None:
             lengths[self.decides] = shapes[self.decides][0][0]
@@ -168,8 +181,13 @@ class ArraySource(PlainSource):
             if spec.axis is not None:
                 low, high = int(offsets[spec.axis][0]), int(offsets[spec.axis][-1])
                 length = store.shapes()[spec.origin][0][0]
-                if high > length:
-                    raise DataError(f"{where}: has {length} entries, the rows of its axis {high}")
+                last = stop == self.rows[number]
+                if (start == 0 and low) or high > length or (last and high < length):
+                    first = low if start == 0 else 0
+                    raise DataError(
+                        f"{where}: has {length} entries, the rows of its axis those from {first} to "
+                        f"{high}: expected all of them, from 0 to {length}"
+                    )
             values, wrong = _converted(field, store.read(spec.origin, low, high), where)
             columns[spec.name] = values
             if spec.axis is not None:

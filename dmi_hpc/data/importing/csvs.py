@@ -76,12 +76,12 @@ class CsvFiles:
             # utf-8-sig: spreadsheets begin their files with a byte order mark
             yield io.TextIOWrapper(content, encoding="utf-8-sig", newline=""), raw
 
-    def index(self, column: str) -> int:
-        """Raises DataError that lists the columns there are."""
+    def index(self, column: str, hint: str = "") -> int:
+        """Raises DataError that lists the columns there are. hint: what else the user may do."""
         if column not in self.columns:
             found = ", ".join(self.columns) or "none"
             raise DataError(
-                f"{self.files[0]}: expected a column {column!r}, found columns: {found}"
+                f"{self.files[0]}: expected a column {column!r}, found columns: {found}{hint}"
             )
         if self.columns.count(column) > 1:
             raise DataError(f"{self.files[0]}: column {column!r} stands there more than once")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ _PER_CHUNK = 8
 _MOST_PIXELS = 2**31  # of a TIFF; Pillow has a limit of its own
 _TYPES = ("uint8", "uint16", "float32")
 SPLIT_FOLDERS = ("train", "training", "validation", "val", "valid", "test", "testing")
+_MASKS = re.compile(r"(^|_)(masks?|annot|annotations?|labels?|gt|segmentations?)$", re.I)
 _MODES = {"1": "L", "P": "RGB", "PA": "RGBA"}  # of images; masks keep the numbers of a palette
 
 
@@ -45,6 +47,8 @@ class ImageFolder(PlainSource):
         if not self.files:
             raise DataError(f"{inputs.root}: no images besides the masks")
         self.labels: Labels | None = labels_of(inputs.root, options)
+        if self.labels is not None:
+            self.labels.check(self.files, self.root)
         self.longest = max(len(self._name(file).encode()) for file in self.files)
         folders = [self._parts(file) for file in self.files]
         self.split_folders = self._split_by(folders)
@@ -85,6 +89,7 @@ class ImageFolder(PlainSource):
         names = {"/".join(f[1:] if self.split_folders else f) for f in folders}
         if self.masks or names == {""} or len(names) == 1:
             return ()
+        self._refuse_masks()
         if "" in names:
             raise DataError(
                 f"{self.root}: some images lie in folders, others beside them: expected a folder "
@@ -92,15 +97,31 @@ class ImageFolder(PlainSource):
             )
         return tuple(sorted(names))
 
+    def _refuse_masks(self) -> None:
+        """A folder called masks, with an image elsewhere for each of its files, is no class."""
+        stems: dict[Path, set[str]] = {}
+        for file in self.files:
+            stems.setdefault(file.parent, set()).add(file.stem)
+        for folder, own in stems.items():
+            others = set().union(*(names for other, names in stems.items() if other != folder))
+            bare = {stem.removesuffix("_mask") for stem in own}
+            if _MASKS.search(folder.name) and bare <= others:
+                raise DataError(
+                    f"{folder}: looks like masks of the other images: say --masks {folder.name} (or "
+                    "the ending of such folders, as in --masks _annot). If it is a class, rename it"
+                )
+
     def _first(self, read: Any) -> tuple[tuple[int, ...], str]:
         """Shape and type of the first image that can be read: those of the whole set."""
+        reason = ""
         for file in self.files:
             try:
                 found = read(file)
-            except DataError:
+            except DataError as error:
+                reason = reason or f"{file}: {error}"
                 continue
             return found.shape, found.dtype.name
-        raise DataError(f"{self.files[0]}: none of {len(self.files)} images or masks can be read")
+        raise DataError(f"no image can be read, or no mask, of {len(self.files)}; first {reason}")
 
     @property
     def fields(self) -> tuple[Field, ...]:

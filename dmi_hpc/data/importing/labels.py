@@ -8,7 +8,7 @@ from pathlib import Path
 from dmi_hpc.data.importing.csvs import CsvFiles
 from dmi_hpc.data.importing.files import bare_name
 from dmi_hpc.data.importing.options import ImportOptions
-from dmi_hpc.data.importing.records import Chunk
+from dmi_hpc.data.importing.records import Chunk, counted
 from dmi_hpc.data.importing.tables import wanted_columns
 from dmi_hpc.data.importing.values import Texts
 from dmi_hpc.errors import DataError
@@ -62,6 +62,17 @@ class Labels:
             raise DataError(str(bad[0]))
         yield from ([cell.strip() for cell in cells] for cells in rows)
 
+    def check(self, files: Sequence[Path], root: Path | None) -> None:
+        """Raises DataError where several files would take the same row."""
+        takers: dict[str, Path] = {}
+        for file in files:
+            key = next((name for name in names_of(file, root) if name in self.cells), None)
+            if key is not None and (other := takers.setdefault(key, file)) != file:
+                raise DataError(
+                    f"{self.path}: the row {key!r} names several files: {other}, {file}. Name them "
+                    "by their paths in the folder"
+                )
+
     def of(self, names: Sequence[str]) -> Mapping[str, str] | None:
         """Column -> cell of the first of these names that the table has."""
         for name in names:
@@ -76,7 +87,7 @@ class Labels:
         if not unused:
             return []
         shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
-        return [f"{self.path}: {len(unused)} rows name no file ({shown})"]
+        return [f"{self.path}: {counted(len(unused), 'row')} without a file of that name ({shown})"]
 
 
 def labels_of(root: Path | None, options: ImportOptions) -> Labels | None:

@@ -81,8 +81,8 @@ class ImportOptions(_Plain):
     # compositions
     formula: str = Option("formula", description="column of formulas")
     value: str = Option("target", description="column of values")
-    quantity: str = "formation_enthalpy"
-    unit: str = "eV/atom"
+    quantity: str | None = Option(None, description="what the values are; default: the column")
+    unit: str | None = Option(None, description="of the values")
     duplicates: Literal["keep", "error", "mean", "lowest"] = Option(
         "keep", description="lines of one composition; kept ones always share a split"
     )

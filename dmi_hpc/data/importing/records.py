@@ -153,8 +153,8 @@ class ImportReport:
         """The error of an import that must not skip."""
         more = " or more" if self.gave_up else ""
         raise DataError(
-            f"{self.skipped}{more} records cannot be used (mend them, or leave them out with --bad "
-            "skip):" + listed(self.bad, self.skipped)
+            f"{counted(self.skipped, 'record')}{more} cannot be used (mend them, or leave them out "
+            "with --bad skip):" + listed(self.bad, self.skipped)
         )
 
     @property
@@ -173,6 +173,11 @@ class ImportReport:
             "duplicates": list(self.duplicates),
             "bad": [{"where": b.where, "reason": b.reason} for b in self.bad],
         }
+
+
+def counted(count: int, what: str) -> str:
+    """1 file, 2 files."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def listed(problems: Sequence[object], count: int | None = None) -> str:

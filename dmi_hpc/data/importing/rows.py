@@ -36,7 +36,8 @@ class Splits:
             return splits_from(keys)
         rule = self.rule
         found = [split_of(rule.seed, key, rule.validation, rule.test) for key in keys]
-        return np.array(found, dtype=np.uint8), {}
+        empty = {i: "no value to decide the split" for i, k in enumerate(keys) if not k.strip()}
+        return np.array(found, dtype=np.uint8), empty
 
 
 def good_rows(

@@ -10,26 +10,37 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import numpy as np
 from pydantic import JsonValue, ValidationError
 
 from dmi_hpc.data.composition import Compositions
 from dmi_hpc.data.importing.arrays import ArraySource
-from dmi_hpc.data.importing.files import Inputs, inputs_of, provenance_of
+from dmi_hpc.data.importing.files import Inputs, checksums, inputs_of, provenance_of
 from dmi_hpc.data.importing.images import ImageFolder
-from dmi_hpc.data.importing.options import ImportOptions
+from dmi_hpc.data.importing.options import ROW, ImportOptions, Kind
 from dmi_hpc.data.importing.parallel import ordered_map
 from dmi_hpc.data.importing.records import Advance, Batch, Chunk, ImportReport, Source
 from dmi_hpc.data.importing.structures import Structures
 from dmi_hpc.data.importing.tables import CsvTable, ParquetTable
-from dmi_hpc.data.manifest import MANIFEST, BuildPlan, Manifest, SplitName, SplitRule, read_manifest
+from dmi_hpc.data.manifest import (
+    MANIFEST,
+    SPLIT,
+    BuildPlan,
+    Manifest,
+    SplitName,
+    SplitRule,
+    read_manifest,
+    split_of,
+)
 from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.reader import ShardSet
 from dmi_hpc.data.rewrite import Changes, rewrite
 from dmi_hpc.data.writer import ShardWriter
 from dmi_hpc.errors import DataError
-from dmi_hpc.files import TEMP_PREFIX, write_json, writing
+from dmi_hpc.files import TEMP_PREFIX, exclusive, write_json, writing
 
 REPORT = "import-report.json"
 SHARD_BYTES = 2**28  # facts: 256 MiB and more suit parallel file systems
@@ -57,7 +68,7 @@ def import_files(
     if findings is not None:
         source.learn(_mapped(source, source.look, findings, options, progress, "first pass"))
     _check_fields(source)
-    report.notes += source.notes()
+    report.notes += [*source.notes(), *inputs.notes(source.beside())]
     batches = source.collect(_checked(_parsed(source, options, progress), options, report))
     first = next((batch for batch in batches if batch.count), None)
     if first is None:
@@ -65,8 +76,8 @@ def import_files(
             f"{', '.join(map(str, paths))}: no usable record in {report.read}"
             + "".join(f"\n  {bad}" for bad in report.bad[:10])
         )
-    plan = _plan(source, inputs, options, first)
-    rows = itertools.chain([first], batches)
+    plan = _plan(source, inputs, options, first, progress)
+    rows = _some_train(itertools.chain([first], batches), plan, inputs.kind)
     if options.shuffle is None:
         _keep_others(target, plan, options)
         manifest = _written(target, plan, rows)
@@ -74,7 +85,7 @@ def import_files(
         manifest = _shuffled(target, plan, rows, options, progress)
     report.kept = manifest.rows
     report.merged = report.read - report.kept - report.skipped
-    report.notes += _empty_splits(manifest)
+    report.notes[:0] = _empty_splits(manifest)
     report.duplicates += source.duplicates
     report.repeated = source.repeated
     with writing(target):
@@ -179,13 +190,39 @@ def _checked(
         report.refuse_bad()
 
 
-def _plan(source: Source, inputs: Inputs, options: ImportOptions, first: Batch) -> BuildPlan:
+def _some_train(batches: Iterator[Batch], plan: BuildPlan, kind: Kind) -> Iterator[Batch]:
+    """The batches. Raises DataError after the last, before the commit, if no row is for training."""
+    rule, row, found = plan.split_rule, 0, False
+    for batch in batches:
+        if not found and SPLIT.name in batch.rows:
+            splits = batch.rows[SPLIT.name]
+            assert isinstance(splits, np.ndarray), "one a row"
+            found = bool((splits == 0).any())
+        elif not found:
+            numbers = map(str, range(row, row + batch.count))
+            found = any(split_of(rule.seed, n, rule.validation, rule.test) == 0 for n in numbers)
+        row += batch.count
+        yield batch
+    if not found:
+        ways = f" Another --seed, or --validation 0 --test 0 (now {rule.validation:g}, {rule.test:g})"
+        if kind != "composition" and rule.key != ROW:
+            ways += ', or --group "row number", which splits each row by itself'
+        raise DataError(
+            f"no row is for training: validation and test have all {row} (split: {rule.key})."
+            + ("" if rule.key.startswith("given by") else ways)
+        )
+
+
+def _plan(
+    source: Source, inputs: Inputs, options: ImportOptions, first: Batch, progress: Advance
+) -> BuildPlan:
     given = source.key.startswith("given by")
     others = source.beside()
-    beside = {"beside": provenance_of(others, inputs.root)} if others else {}
+    sums = checksums([*source.files, *others], progress)
+    beside = {"beside": provenance_of(others, sums, inputs.root)} if others else {}
     provenance: dict[str, JsonValue] = {
         "source": "dmi data import",
-        "files": provenance_of(source.files, inputs.root),
+        "files": provenance_of(source.files, sums, inputs.root),
         "options": options.of_kind(inputs.kind),
         **beside,
         **source.provenance(),
@@ -249,10 +286,16 @@ def _shuffled(
     """Rows in the order of the files to a hidden set beside `target`, from there in another order.
 
     The hidden set needs as much space again while this runs. Its name is always the same, so that
-    what a killed import leaves is overwritten and removed by the next.
+    what a killed import leaves is overwritten and removed by the next; who holds its lock, owns it.
     """
-    scratch = target.with_name(f"{TEMP_PREFIX}{target.name}-import")
-    try:
+    whole = target.resolve()
+    hidden = whole.with_name(f"{TEMP_PREFIX}{whole.name}-import")
+    scratch = hidden / "rows"
+    with ExitStack() as held:
+        held.callback(_remove_empty, hidden)
+        with writing(whole.parent):
+            held.enter_context(exclusive(hidden, "import"))
+        held.callback(shutil.rmtree, scratch, ignore_errors=True)
         manifest = _written(scratch, plan.model_copy(update={"compression": None}), batches)
         changes = Changes(shuffle_seed=options.shuffle, compression=options.compression)
         done = 0
@@ -268,5 +311,9 @@ def _shuffled(
             processes = len(os.sched_getaffinity(0)) if big else 1
         with ShardSet.open(scratch, verify="none") as rows:
             return rewrite(rows, target, changes, processes=processes, progress=advance)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Unless another import is at work in it already."""
+    with suppress(OSError):
+        folder.rmdir()

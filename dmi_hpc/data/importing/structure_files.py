@@ -34,31 +34,45 @@ Placed = Iterator[tuple[Record | BadRecord, int]]  # and bytes of the file read 
 
 
 def xyz_frames(file: Path, name: str) -> Placed:
-    """Frames of an (extended) XYZ file, one at a time."""
+    """Frames of an (extended) XYZ file, one at a time.
+
+    A damaged frame costs itself: the next one begins at the next line that is only an integer.
+    """
     with opened(file) as (content, raw):
         lines = io.TextIOWrapper(content, encoding="utf-8", errors="replace")
-        number = 1  # of the line that is read next
+        numbered = itertools.chain(enumerate(lines, 1), itertools.repeat((0, "")))
+        number, line = next(numbered)
         for index in itertools.count():
-            head = next(lines, "")
-            while head and not head.strip():
-                head, number = next(lines, ""), number + 1
-            if not head:
+            while line and not line.strip():
+                number, line = next(numbered)
+            if not line:
                 return
-            where = f"{file}:{number} (frame {index})"
-            count = int(head) if head.strip().isascii() and head.strip().isdigit() else -1
-            if not 0 <= count <= _MOST_ATOMS:
-                found = head.strip()[:40]
-                reason = f"expected the number of atoms, found {found!r}; the rest cannot be read"
+            where, head, body = f"{file}:{number} (frame {index})", line, list[str]()
+            atoms = _atoms(head)
+            number, line = next(numbered)
+            if atoms is None:
+                while line and _atoms(line) is None:
+                    number, line = next(numbered)
+                reason = f"expected the number of atoms, found {head.strip()[:40]!r}"
                 yield BadRecord(where, reason), raw.tell()
-                return
-            body = list(itertools.islice(lines, count + 1))
-            number += 1 + len(body)
-            if len(body) <= count:
-                reason = f"the file ends after {max(0, len(body) - 1)} of {count} atoms"
+                continue
+            while line and len(body) <= atoms and not (body and _atoms(line) is not None):
+                body.append(line)
+                number, line = next(numbered)
+            if len(body) <= atoms:
+                end = "the next frame begins" if line else "the file ends"
+                reason = f"{end} after {max(0, len(body) - 1)} of {atoms} atoms"
                 yield BadRecord(where, reason), raw.tell()
-                return
-            text = head + "".join(body)
-            yield Record(where, f"{name}:{index}", "extxyz", text, file), raw.tell()
+                continue
+            yield Record(where, f"{name}:{index}", "extxyz", head + "".join(body), file), raw.tell()
+
+
+def _atoms(line: str) -> int | None:
+    """The number that a frame begins with; None if the line is another one."""
+    text = line.strip()
+    if not (text.isascii() and text.isdigit()) or len(text) > len(str(_MOST_ATOMS)):
+        return None
+    return int(text) if int(text) <= _MOST_ATOMS else None
 
 
 def json_records(file: Path, name: str) -> Placed:

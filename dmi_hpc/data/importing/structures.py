@@ -60,6 +60,8 @@ class Structures(PlainSource):
         self.longest = max(len(self._name(f).encode()) for f in self.files) if self.one_each else 1
         if self.one_each:
             self.properties.settle()
+            if self.labels is not None:
+                self.labels.check(self.files, self.root)
 
     @property
     def unit(self) -> str:
@@ -196,9 +198,6 @@ class Structures(PlainSource):
             keys = [
                 cells_of(c, lab).get(source, "") for c, lab in zip(crystals, labels, strict=True)
             ]
-            problems[source] = {
-                i: "no value to decide the split" for i, k in enumerate(keys) if not k
-            }
         if not self.by_row:
             with_split(columns, problems, self.splits, keys)
         return good_rows(columns, problems, lambda row: good[row][0].where, bad)

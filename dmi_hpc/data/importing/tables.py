@@ -52,10 +52,7 @@ def wanted_columns(found: Sequence[str], options: ImportOptions, where: str) -> 
         for spec in options.fields:
             if spec.axis or spec.refers:
                 raise DataError(f"field {spec.name}: a table has no ragged fields")
-            if spec.origin not in found:
-                raise DataError(
-                    f"{where}: expected a column {spec.origin!r}, found columns: {', '.join(found)}"
-                )
+            _check_column(found, spec.origin, where)
         return [Column(s.name, s.origin, s.dtype, s.unit, s.description) for s in options.fields]
     columns = [
         Column(field_name(source), source, None, "", "")
@@ -73,6 +70,16 @@ def wanted_columns(found: Sequence[str], options: ImportOptions, where: str) -> 
     if not columns:
         raise DataError(f"{where}: no columns in it")
     return columns
+
+
+def _check_column(found: Sequence[str], name: str, where: str, use: str = "") -> None:
+    """It is there, once."""
+    if name not in found:
+        raise DataError(
+            f"{where}: expected a column {name!r}{use}, found columns: {', '.join(found)}"
+        )
+    if list(found).count(name) > 1:
+        raise DataError(f"{where}: column {name!r} stands there more than once")
 
 
 def split_column(found: Sequence[str], options: ImportOptions) -> str | None:
@@ -95,11 +102,7 @@ class _Table(PlainSource):
         self.floats = options.floats
         self.splits = Splits(options, given)
         if self.decides is not None:
-            if self.decides not in found:
-                raise DataError(
-                    f"{where}: expected a column {self.decides!r} to decide the split, found "
-                    f"columns: {', '.join(found)}"
-                )
+            _check_column(found, self.decides, where, " to decide the split")
             self.key = self.splits.rule.key or f"text of column {self.decides!r}"
 
     @property
@@ -252,7 +255,8 @@ class ParquetTable(_Table):
                 columns[column.name], problems[column.source] = _values(column.field, values)
         if self.decides is not None:
             keys = batch.column(batch.schema.get_field_index(self.decides)).to_pylist()
-            with_split(columns, problems, self.splits, [str(key) for key in keys])
+            texts = ["" if key is None or key != key else str(key) for key in keys]
+            with_split(columns, problems, self.splits, texts)
         where = f"{self.files[number]}, row "
         return good_rows(columns, problems, lambda row: f"{where}{first + row}")
 
@@ -266,13 +270,18 @@ def _values(field: Field, found: Any) -> tuple[Array, Problems]:
     if field.shape:
         flat = found.fill_null([0] * field.shape[0]) if nulls else found
         inner = flat.flatten()
+        gaps = inner.is_null().to_numpy(zero_copy_only=False).reshape(-1, *field.shape)
+        nulls |= {int(row): "no value in it" for row in np.flatnonzero(gaps.any(axis=1))}
+        # filled, as integers beside a null would come as floats
+        inner = inner.fill_null(0) if gaps.any() else inner
         numbers = inner.to_numpy(zero_copy_only=False).reshape(-1, *field.shape)
     else:
         if not field.numeric or not _is_numeric(found):
             texts = ["" if item is None else str(item) for item in found.to_pylist()]
             values, wrong = from_texts(field, texts)
             return values, {**wrong, **nulls}
-        numbers = (found.fill_null(0) if nulls else found).to_numpy(zero_copy_only=False)
+        zero = False if _pyarrow().types.is_boolean(found.type) else 0
+        numbers = (found.fill_null(zero) if nulls else found).to_numpy(zero_copy_only=False)
     values, wrong = from_array(field, numbers)
     return values, {**wrong, **nulls}
 

@@ -18,6 +18,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Problems = dict[int, str]  # position -> why it is no value of the field
 
 _INTEGER = re.compile(r"\s*[+-]?[0-9]+\s*")
+_PADDED = re.compile(r"\s*[+-]?0[0-9]+\s*")  # 007 names something: as a number it were 7
+_EXACT = 2**53  # up to here every integer is a float64
+_LONG = 4000  # digits that Python turns into an integer
 _TRUE_FALSE = {"true": 1, "false": 0}
 _SPLIT_NAMES = {
     **{name: index for index, name in enumerate(SPLITS)},
@@ -31,7 +34,8 @@ _SPLIT_NAMES = {
 class Texts:
     """What the cells of a column look like: how many of each kind, and the longest in bytes.
 
-    others: text, and integers beyond 64 bits, which no dtype holds.
+    padded: those of the integers that begin with zeros. others: text, and integers beyond 64 bits,
+    which no dtype holds.
     """
 
     integers: int = 0
@@ -40,6 +44,7 @@ class Texts:
     others: int = 0
     empty: int = 0
     longest: int = 0
+    padded: int = 0
 
     @classmethod
     def of(cls, cells: Sequence[str]) -> Texts:
@@ -47,13 +52,15 @@ class Texts:
         longest = max((len(c) if ascii_only else len(c.encode()) for c in cells), default=0)
         filled = [cell for cell in cells if cell.strip()]
         empty = len(cells) - len(filled)
+        padded = sum(_PADDED.fullmatch(cell) is not None for cell in filled)
         if _all_numbers(filled):
             whole = [cell for cell in filled if _INTEGER.fullmatch(cell)]
-            huge = sum(len(cell) > 18 and abs(int(cell)) >= 2**63 for cell in whole)
+            huge = sum(map(_is_huge, whole))
             floats = len(filled) - len(whole)
-            return cls(len(whole) - huge, floats, 0, huge, empty, longest)
+            return cls(len(whole) - huge, floats, 0, huge, empty, longest, padded)
         count = [_kind(cell) for cell in filled].count
-        return cls(count("int"), count("float"), count("truth"), count("text"), empty, longest)
+        numbers = count("int"), count("float"), count("truth")
+        return cls(*numbers, count("text"), empty, longest, padded)
 
     def __add__(self, other: Texts) -> Texts:
         return Texts(
@@ -63,14 +70,18 @@ class Texts:
             self.others + other.others,
             self.empty + other.empty,
             max(self.longest, other.longest),
+            self.padded + other.padded,
         )
 
     def dtype(self, floats: str) -> str:
         """Of a field that holds them: a number or truth value if at least half of the filled are.
 
-        The rest are then bad records: one `n/a` does not turn a million numbers into text.
+        The rest are then bad records: one `n/a` does not turn a million numbers into text. Integers
+        that begin with zeros are identifiers, unless there are floats beside them.
         """
         filled = self.integers + self.floats + self.truths + self.others
+        if self.padded and not self.floats:
+            return f"S{self.longest}"
         if filled and 2 * (self.integers + self.floats) >= filled:
             return floats if self.floats else "int64"
         if filled and 2 * self.truths >= filled:
@@ -87,9 +98,14 @@ def _all_numbers(cells: Sequence[str]) -> bool:
     return "_" not in "".join(cells)
 
 
+def _is_huge(integer: str) -> bool:
+    """No dtype holds it."""
+    return len(integer) > 18 and (len(integer) > _LONG or abs(int(integer)) >= 2**63)
+
+
 def _kind(cell: str) -> str:
     if _INTEGER.fullmatch(cell):
-        return "int" if abs(int(cell)) < 2**63 else "text"
+        return "text" if _is_huge(cell) else "int"
     if cell.strip().lower() in _TRUE_FALSE:
         return "truth"
     return "float" if _all_numbers([cell]) else "text"
@@ -113,14 +129,26 @@ def from_texts(field: Field, cells: Sequence[str]) -> tuple[Array, Problems]:
     if field.numpy.kind in "iu":
         values, more = _integers(field, cells)
     else:
-        values, more = from_array(field, np.array([float(c) for c in cells], dtype=np.float64))
+        floats = np.array([float(c) for c in cells], dtype=np.float64)
+        values, more = from_array(field, floats)
+        more |= _rounded(cells, floats)
     return values, {**more, **problems}
+
+
+def _rounded(cells: Sequence[str], floats: Array) -> Problems:
+    """Integers that a float64 holds only without their last digits: identifiers, most likely."""
+    large = np.flatnonzero(np.isfinite(floats) & (np.abs(floats) > _EXACT)).tolist()
+    return {
+        i: f"the integer {cells[i].strip()} loses digits as a float: expected int64 or text"
+        for i in large
+        if _INTEGER.fullmatch(cells[i]) and int(cells[i]) != int(floats[i])
+    }
 
 
 def _integers(field: Field, cells: Sequence[str]) -> tuple[Array, Problems]:
     """Of texts of numbers; never through a float, which is exact only below 2**53."""
     limits, problems = np.iinfo(field.dtype), {}
-    if all(map(_INTEGER.fullmatch, cells)):
+    if all(map(_INTEGER.fullmatch, cells)) and max(map(len, cells), default=0) <= _LONG:
         whole = list(map(int, cells))
         if limits.min <= min(whole, default=0) and max(whole, default=0) <= limits.max:
             return np.array(whole, dtype=field.numpy), {}
