@@ -169,20 +169,19 @@ def head_lines(
 ) -> list[str]:
     """Rows one after the other, a field on one line or, where it is longer than `width`, on several."""
     lines = []
-    name_width = min(max(map(len, found), default=0), width // 3)
+    shown = {name: values for name, values in found.items() if name != SPLIT.name}
+    name_width = min(max(map(len, shown), default=0), width // 3)
     for place, row in enumerate(rows.tolist()):
         split = SPLITS[int(found[SPLIT.name][place])]
         lines += ["", f"row {row}, {split}"] if place else [f"row {row}, {split}"]
-        for name, values in found.items():
-            if name != SPLIT.name:
-                text = f"{name:<{name_width}}  {value_text(manifest.field(name), values[place])}"
-                lines += textwrap.wrap(
-                    text,
-                    max(width, 40),
-                    initial_indent="  ",
-                    subsequent_indent=" " * (name_width + 4),
-                    drop_whitespace=True,
-                )
+        for name, values in shown.items():
+            lines += textwrap.wrap(
+                f"{name:<{name_width}}  {value_text(manifest.field(name), values[place])}",
+                max(width, 40),
+                initial_indent="  ",
+                subsequent_indent=" " * (name_width + 4),
+                break_on_hyphens=False,
+            )
     return lines
 
 

@@ -129,8 +129,9 @@ def _list(damage: Sequence[Damage]) -> None:
 
 def _mend(path: Path, copy: Path, damage: Sequence[Damage], total: int) -> None:
     """total: bytes of the damaged shards."""
-    from dmi_hpc.data.check import find_damage, repair
+    from dmi_hpc.data.check import find_damage
     from dmi_hpc.data.hdf5 import MASTER
+    from dmi_hpc.data.repair import repair
 
     with _progress("mending", 2 * total) as progress:
         mended = repair(path, copy, damage, progress)
@@ -337,9 +338,10 @@ def bench(
     show = console()
     with show.status("measuring") as status:
         result = measure(path, options, lambda what: status.update(what))
-    size = f"{batch_size} rows, {size_text(batch_size * result.row_bytes)}"
+    size = f"{counted(batch_size, 'row')}, {size_text(batch_size * result.row_bytes)}"
     say(f"{path}: {', '.join(result.fields)}")
-    say(f"{result.rows:,} rows of {split}; batches of {size}; {threads} loader threads\n")
+    rows, workers = counted(result.rows, "row"), counted(threads, "loader thread")
+    say(f"{rows} of {split}; batches of {size}; {workers}\n")
     table = [("", "samples/s", "MB/s", "of memory")]
     for figure in result.figures:
         share = "" if figure.share is None else f"{figure.share:.0%}"

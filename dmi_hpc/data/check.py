@@ -1,32 +1,26 @@
-"""Find every damaged byte of a shard set, and mend it from a copy."""
+"""Find every damaged byte of a shard set; repair.py mends it."""
 
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 import xxhash
 
 from dmi_hpc.data.blocks import ArrayBlocks
 from dmi_hpc.data.committed import check_offsets, checkers
-from dmi_hpc.data.hdf5 import MASTER, is_shard, remove_stale_master, stale_master
+from dmi_hpc.data.hdf5 import MASTER, stale_master
 from dmi_hpc.data.manifest import (
-    BLOCK_ENTRY,
     MANIFEST,
     Field,
     Manifest,
     ShardRecord,
     read_manifest,
-    write_manifest,
 )
 from dmi_hpc.errors import CorruptShardError, DataError, FormatVersionError
-from dmi_hpc.files import atomic_file, exclusive, remove_stale, writing
 
 Progress = Callable[[int], None]
 
@@ -92,12 +86,12 @@ def _damage_of(
         progress(shard.bytes)
         return [Damage(path, f"the file is missing ({shard.bytes} bytes)")]
     try:
-        return _damage_of_file(path, alone(manifest, shard), progress)
+        return _damage_of_file(path, set_of_one(manifest, shard), progress)
     except OSError as error:  # a broken disk, or a file that nobody may read
         return [Damage(path, f"cannot be read: {error}")]
 
 
-def alone(manifest: Manifest, shard: ShardRecord) -> Manifest:
+def set_of_one(manifest: Manifest, shard: ShardRecord) -> Manifest:
     """The set of one shard; row numbers become those of the shard."""
     return manifest.model_copy(update={"shards": (shard,)})
 

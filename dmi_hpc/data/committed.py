@@ -39,11 +39,16 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     Raises CorruptShardError, or DataError if a file cannot be read; then the rest is not looked at.
     """
     with ThreadPoolExecutor(checkers(manifest)) as pool:
-        for _ in pool.map(partial(_check_file, folder, manifest), manifest.shards):
-            pass  # an error among the results cancels what has not begun
+        sums = pool.map(partial(_check_sum, folder, manifest), manifest.shards)
+        try:
+            for shard, _ in zip(manifest.shards, sums, strict=True):
+                # in one thread: h5py has one lock, for which more would only contend
+                check_offsets(folder / shard.file, manifest.plan, shard)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _check_file(folder: Path, manifest: Manifest, shard: ShardRecord) -> None:
+def _check_sum(folder: Path, manifest: Manifest, shard: ShardRecord) -> None:
     path = folder / shard.file
     try:
         found = file_checksum(path)
@@ -54,7 +59,6 @@ def _check_file(folder: Path, manifest: Manifest, shard: ShardRecord) -> None:
         raise CorruptShardError(
             f"{path}: expected checksum xxh3 {shard.xxh3}, found {found}{blame}. {AGAIN}"
         )
-    check_offsets(path, manifest.plan, shard)
 
 
 def _first_bad(folder: Path, manifest: Manifest, shard: ShardRecord) -> str:

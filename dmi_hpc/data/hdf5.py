@@ -269,13 +269,16 @@ def _no_value(field: Field) -> float | None:
 
 def stale_master(folder: Path, identity: str) -> bool:
     """Whether the folder's `master.h5` is one of ours, made from a set of another identity."""
-    try:
-        with h5py.File(folder / MASTER, "r", locking=False) as file:
-            attributes = dict(file.attrs)
-    except OSError:  # none, or no HDF5: not ours
+    path = folder / MASTER
+    if not path.is_file():
         return False
-    ours = attributes.get("format") == _MASTER_FORMAT.encode()
-    return bool(ours and attributes.get("identity") != identity.encode())
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            form, made_from = file.attrs["format"], file.attrs["identity"]
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError):  # not ours
+        return False
+    ours = isinstance(form, bytes) and form == _MASTER_FORMAT.encode()
+    return bool(ours and made_from != identity.encode())
 
 
 def remove_stale_master(folder: Path, identity: str) -> None:

@@ -396,10 +396,17 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: written in version {version} of {FORMAT}; this program reads version "
             f"{VERSION}. {todo} the set again with this version, in a new folder."
         )
+    if found is None:
+        raise DataError(
+            f"{path}: has no checksum (key xxh3) of its content: cut, edited, or not written by "
+            "dmi-hpc. Put the original back (with a copy of the set: dmi data verify --repair-from "
+            "COPY), or build the set again."
+        )
     if found != expected:
         raise DataError(
             f"{path}: expected checksum xxh3 {expected} of its content, found {found}: it is damaged "
-            "or was edited. Put the original back, or build the set again."
+            "or was edited. Put the original back (with a copy of the set: dmi data verify "
+            "--repair-from COPY), or build the set again."
         )
     try:
         return Manifest.model_validate(raw)

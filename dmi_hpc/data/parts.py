@@ -130,7 +130,7 @@ def take_over(folder: Path) -> None:
         raise DataError(
             f"{folder}: expected a folder for a data set, found {len(others)} files named as its "
             f"shards are but not written by this program ({others[0]}). Choose another folder, or "
-            "move them"
+            "move these files away"
         )
 
 

@@ -23,7 +23,6 @@ import xxhash
 
 from dmi_hpc import knobs
 from dmi_hpc.data.blocks import AGAIN
-from dmi_hpc.data.check import checksum_of
 from dmi_hpc.data.manifest import (
     Manifest,
     ShardRecord,
@@ -37,6 +36,7 @@ from dmi_hpc.data.stage_home import (
     Note,
     copies_in,
     home_of,
+    is_intact,
     is_ours,
     is_whole,
     lock_file,
@@ -201,7 +201,7 @@ def _enter(source: Path, how: Staging, *, keep: bool) -> tuple[Path, Lock]:
             if is_whole(copy, manifest) != whole:
                 lock.close()
                 continue
-            if whole and (proved or _is_intact(copy, manifest, how.checked)):
+            if whole and (proved or is_intact(copy, manifest, how.checked)):
                 if keep:
                     mark_kept(copy)
                 return copy, lock
@@ -226,19 +226,6 @@ def _enter(source: Path, how: Staging, *, keep: bool) -> tuple[Path, Lock]:
             how.say(f"waiting for another process of this node that {why}")
             told = True
         time.sleep(random.uniform(*_POLL_S))
-
-
-def _is_intact(copy: Path, manifest: Manifest, progress: Progress) -> bool:
-    """Whether a copy's own shards, not those that are links, have the bytes of the manifest."""
-    own = [shard for shard in manifest.shards if not (copy / shard.file).is_symlink()]
-    try:
-        if read_manifest(copy).identity != manifest.identity:
-            return False
-        with ThreadPoolExecutor(max(1, min(_THREADS, len(own)))) as pool:
-            sums = pool.map(lambda shard: checksum_of(copy / shard.file, progress), own)
-            return all(found == shard.xxh3 for found, shard in zip(sums, own, strict=True))
-    except (OSError, DataError):
-        return False
 
 
 # the copy

@@ -15,16 +15,19 @@ import os
 import re
 import shutil
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dmi_hpc.data.manifest import MANIFEST, Manifest
+from dmi_hpc.data.check import Progress, checksum_of
+from dmi_hpc.data.manifest import MANIFEST, Manifest, read_manifest
 from dmi_hpc.errors import DataError
 from dmi_hpc.files import TEMP_PREFIX, write_text
 
 NOTE = "staged.json"
 _LOCK = ".lock"
+_THREADS = 8
 _COPY = re.compile(r"[0-9a-f]{32}(-[0-9]+-of-[0-9]+)?")
 
 
@@ -122,6 +125,19 @@ def is_whole(copy: Path, manifest: Manifest) -> bool:
         sizes = [(copy / shard.file).stat().st_size for shard in manifest.shards]
         return (copy / MANIFEST).is_file() and sizes == [s.bytes for s in manifest.shards]
     except OSError:
+        return False
+
+
+def is_intact(copy: Path, manifest: Manifest, progress: Progress) -> bool:
+    """Whether a copy's own shards, not those that are links, have the bytes of the manifest."""
+    own = [shard for shard in manifest.shards if not (copy / shard.file).is_symlink()]
+    try:
+        if read_manifest(copy).identity != manifest.identity:
+            return False
+        with ThreadPoolExecutor(max(1, min(_THREADS, len(own)))) as pool:
+            sums = pool.map(lambda shard: checksum_of(copy / shard.file, progress), own)
+            return all(found == shard.xxh3 for found, shard in zip(sums, own, strict=True))
+    except (OSError, DataError):
         return False
 
 

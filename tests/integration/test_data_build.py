@@ -41,11 +41,13 @@ def test_ranks_of_mpi_build_the_same_bytes_and_train_on_them(tmp_path):
     assert done.stdout.count("200 rows") == 1
     one, two = contents(alone / "data"), contents(ranks / "data")
     manifests = [json.loads(files.pop("manifest.json")) for files in (one, two)]
+    sealed = [manifest.pop("xxh3") for manifest in manifests]
     made = [manifest.pop("made_with") for manifest in manifests]
     assert one == two
     assert manifests[0] == manifests[1]
     assert len(one) == 4
     assert made[0]["command"] != made[1]["command"]  # it names --out; identity leaves it out
+    assert sealed[0] != sealed[1]
     assert made[0]["versions"] == made[1]["versions"]
     assert read_manifest(alone / "data").identity == read_manifest(ranks / "data").identity
     mpirun(2, "train", recipe, "--out", ranks, cwd=tmp_path)

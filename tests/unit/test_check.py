@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from toy_set import toy_set
 
 from dmi_hpc import files
-from dmi_hpc.data import check
-from dmi_hpc.data.check import find_damage, repair
+from dmi_hpc.data import repair as repair_module
+from dmi_hpc.data.check import find_damage
 from dmi_hpc.data.hdf5 import write_master
 from dmi_hpc.data.manifest import BLOCK_ENTRY, read_manifest
 from dmi_hpc.data.parts import file_checksum
 from dmi_hpc.data.reader import ShardSet
+from dmi_hpc.data.repair import repair
 from dmi_hpc.errors import CorruptShardError, DataError, RunError
 from dmi_hpc.files import exclusive
 
@@ -282,7 +283,7 @@ def test_a_manifest_that_may_be_of_another_set_is_not_taken(pair, how):
     else:
         for shard in manifest.shards:
             (folder / shard.file).unlink()
-    said = "no shard of it is here" if how == "none" else "knows no such shard-0000[05].h5"
+    said = "no shard of it is here" if how == "none" else "has no such shard-0000[05].h5"
     with pytest.raises(DataError, match=said):
         repair(folder, copy, find_damage(folder, copy=copy))
     assert not (folder / "manifest.json").exists()
@@ -314,7 +315,7 @@ def test_a_full_disk_leaves_the_damaged_file(pair, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(check, "_assemble", full)
+    monkeypatch.setattr(repair_module, "_assemble", full)
     with pytest.raises(RunError, match="no space left"):
         repair(folder, copy, find_damage(folder))
     assert (folder / manifest.shards[0].file).read_bytes() == before

@@ -1,5 +1,6 @@
 """The command line without any work behind it: help, unknown commands, shadowed packages."""
 
+import io
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from dmi_hpc import __version__, cli
 from dmi_hpc.errors import DMIError, Interrupted, TrialFailure
+from dmi_hpc.watch import say
 
 HEAVY = "torch", "ray", "deepspeed", "numpy", "pydantic"
 
@@ -49,6 +51,12 @@ def test_an_unknown_command_lists_the_commands(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: no command 'trian'")
     assert all(name in said for name in cli.COMMANDS)
+
+
+def test_summaries_of_the_data_tools_fit_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(monkeypatch, "data", "--help") == 0
+    assert "..." not in capsys.readouterr().out.partition("Commands:")[2]
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -92,4 +100,29 @@ def test_a_shadowing_package_is_named(tmp_path):
     assert done.returncode == 2
     assert f"package 'launch': found {other}" in done.stderr
     assert "Rename that file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_results_are_said_in_any_encoding(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    say("å \udce9")
+    assert raw.getvalue() == b"\\xe5 \\udce9\n"
+
+
+def test_results_that_cannot_be_written_are_a_users_error():
+    code = (
+        "import sys; from dmi_hpc import cli, watch; sys.argv = ['dmi', 'info']; "
+        "cli.check_install = lambda: watch.say('x'); cli.main()"
+    )
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard output: cannot write: [Errno 28]")
     assert "Traceback" not in done.stderr

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -18,12 +19,13 @@ from runner import command, environment, toy_recipe, wait_for
 from toy_set import toy_set
 
 from dmi_hpc import cli
-from dmi_hpc.cli.data_show import bars, columns, info_lines, value_text
+from dmi_hpc.cli.data_show import bars, columns, head_lines, info_lines, value_text
 from dmi_hpc.cli.data_tools import compression_of, part_of
 from dmi_hpc.data import build as build_module
+from dmi_hpc.data import repair as repair_module
 from dmi_hpc.data.manifest import Compression, Field, read_manifest
 from dmi_hpc.data.reader import ShardSet
-from dmi_hpc.data.stage_home import home_of
+from dmi_hpc.data.stage_home import Lock, home_of
 from dmi_hpc.data.statistics import Histogram, Statistics
 from dmi_hpc.data.storage import stored_bytes
 from dmi_hpc.errors import DataError
@@ -131,6 +133,17 @@ def test_head_shows_rows_of_a_split(folder, dmi):
     assert [line.split()[0] for line in out.splitlines()] == ["row", "y", "formula"]
 
 
+def test_head_fits_the_terminal():
+    fields = {"f": [np.arange(6) - 0.123456789], "split": np.array([0])}
+    manifest = SimpleNamespace(field=lambda name: field("float64", (6,)))
+    for width in (40, 60, 120):
+        lines = head_lines(manifest, np.array([7]), fields, width)
+        assert max(map(len, lines)) <= width
+        assert lines[1].startswith("  f  [-0.123457, 0.876543, ")
+        assert all(line.startswith("     ") for line in lines[2:])
+        assert "".join(lines).endswith("4.87654] K")
+
+
 @plain_only
 def test_head_names_what_it_does_not_know(folder, dmi):
     assert "no field 'q'; found x" in dmi("head", folder, "--fields", "q")[2]
@@ -195,13 +208,11 @@ def test_verify_lists_damage_and_mends_it(folder, original, dmi):
     assert code == 2
     assert f"{folder / shard.file}: " in err
     assert "shard-00003.h5: the file is missing" in err
-    assert (
-        f"2 of 5 shards are damaged, in 2 places. Mend them from a copy: dmi data verify {folder}"
-        in err
-    )
+    assert f"2 places damaged in 2 files. Mend from a copy: dmi data verify {folder}" in err
     code, out, _ = dmi("verify", folder, "--repair-from", original)
     assert code == 0
-    assert f"mended {folder / 'shard-00003.h5'}: was missing" in out
+    assert f"mended {folder / 'shard-00003.h5'}: the whole file" in out
+    assert "1 damaged place, " in out or "HDF5's own parts, " in out
     assert out.endswith("all whole now\n")
     assert dmi("verify", folder)[0] == 0
 
@@ -218,7 +229,46 @@ def test_master_is_one_file_for_any_tool(folder, dmi):
     assert dmi("verify", folder)[0] == 0
 
 
+def stopped(number):
+    """In the place of a function: a batch system or Ctrl-C ends the process within it."""
+    return lambda *arguments, **more: signal.raise_signal(number)
+
+
+@plain_only
+def test_a_repair_that_is_stopped_leaves_the_damaged_shard(folder, original, dmi, monkeypatch):
+    path = folder / read_manifest(folder).shards[0].file
+    damaged = path.read_bytes()[:-1]
+    path.write_bytes(damaged)
+    with monkeypatch.context() as patch:
+        patch.setattr(repair_module, "_assemble", stopped(signal.SIGTERM))
+        code, _, err = dmi("verify", folder, "--repair-from", original)
+    assert code == 75
+    assert "stopped by SIGTERM: repeat the command" in err
+    assert path.read_bytes() == damaged
+    assert {file.name for file in folder.iterdir()} == {file.name for file in original.iterdir()}
+
+
+@plain_only
+def test_a_lost_manifest_is_mended(folder, original, dmi):
+    (folder / "manifest.json").unlink()
+    assert dmi("verify", folder)[0] == 2
+    _, out, err = dmi("verify", folder, "--repair-from", original)
+    assert "manifest.json: lost or damaged" in err
+    assert "manifest.json: the whole file" in out
+    assert dmi("verify", folder)[0] == 0
+
+
 # split
+
+
+@plain_only
+def test_a_split_that_is_stopped_continues(folder, tmp_path, dmi, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "_commit", stopped(signal.SIGHUP))
+        code, _, err = dmi("split", folder, "--out", tmp_path / "new", "--processes", 1)
+    assert code == 75
+    assert "stopped by SIGHUP: the same command continues" in err
+    assert dmi("split", folder, "--out", tmp_path / "new", "--processes", 1)[0] == 0
 
 
 @plain_only
@@ -271,6 +321,40 @@ def test_stage_and_remove(folder, tmp_path, dmi, monkeypatch):
     code, _, err = dmi("stage", "--to", to)
     assert code == 2
     assert "stage needs SET" in err
+
+
+@plain_only
+@pytest.mark.parametrize("part", [(), ("--part", "1/3")], ids=["whole", "part"])
+def test_a_damaged_copy_is_replaced_when_nobody_uses_it(folder, tmp_path, dmi, part):
+    to = tmp_path / "node"
+    to.mkdir()
+    order = ("stage", folder, "--to", to, "--lock-timeout", 0.1, *part)
+    assert dmi(*order)[0] == 0
+    (copy,) = (p for p in home_of(to).iterdir() if p.is_dir())
+    own = [path for path in copy.glob("*.h5") if not path.is_symlink()]
+    for path in (*own, copy / "manifest.json"):
+        good = path.read_bytes()
+        path.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
+        if path == own[0]:
+            user = Lock.take(copy, alone=False)
+            code, _, err = dmi(*order)
+            user.close()
+            assert code == 2
+            assert "damaged, and another process has been" in err
+        assert "there already" not in dmi(*order)[1]
+        assert path.read_bytes() == good
+    assert "there already" in dmi(*order)[1]
+
+
+@plain_only
+def test_where_copies_are_looked_for(folder, tmp_path, dmi, monkeypatch):
+    to = tmp_path / "node"
+    to.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DMI_STAGE", "/else")
+    assert f"export DMI_STAGE=/else:{to.resolve()}\n" in dmi("stage", folder, "--to", "node")[2]
+    monkeypatch.setenv("DMI_STAGE", "node")
+    assert "DMI_STAGE: found 'node', expected absolute" in dmi("stage", folder, "--to", to)[2]
 
 
 def test_parts_as_text():
@@ -344,12 +428,11 @@ def test_bench_measures_every_way_next_to_memory(folder, dmi):
 def test_an_interrupted_build_is_continued_only_when_asked(tmp_path, dmi, monkeypatch):
     recipe, run = toy_recipe(tmp_path / "toy.toml"), tmp_path / "run"
 
-    def killed(*arguments):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "_commit", killed)
-        assert dmi("build", recipe, "--out", run)[0] != 0
+        patch.setattr(build_module, "_commit", stopped(signal.SIGINT))
+        code, _, err = dmi("build", recipe, "--out", run)
+    assert code == 75
+    assert "stopped by SIGINT: with --resume it continues" in err
     data = run / "data"
     made = sorted(data.glob("shard-*.h5"))
     assert len(made) > 1

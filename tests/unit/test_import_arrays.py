@@ -135,7 +135,9 @@ def test_hdf5_groups_and_damaged_axes(tmp_path):
         run(tmp_path, "f.h5", fields=ragged, axes=(AxisSpec(name="atom", lengths="m"),))
     with h5py.File(tmp_path / "f.h5", "a") as file:
         file["deep/n"][0] += 5
-    with pytest.raises(DataError, match=r"/deep/z: has \d+ entries, the rows of its axis those from 0"):
+    with pytest.raises(
+        DataError, match=r"/deep/z: has \d+ entries, the rows of its axis those from 0"
+    ):
         run(tmp_path, "f.h5", fields=ragged, axes=(AxisSpec(name="atom", lengths="n"),))
 
 

@@ -118,33 +118,6 @@ def test_a_copy_with_a_file_missing_is_made_again(source, to):
     assert same_rows(source, copy)
 
 
-@pytest.mark.parametrize("part", [None, (1, 3)])
-def test_a_damaged_copy_is_replaced_when_nobody_uses_it(source, to, part):
-    how = Staging(to, part, lock_timeout_s=0.1)
-    copy = stage(source, how)
-    shard = part_shards(read_manifest(source), part)[0]
-    flip(copy / shard.file)
-    with staged(source, how), pytest.raises(DataError, match="damaged, and another process"):
-        stage(source, how)
-    assert stage(source, how) == copy
-    assert (copy / shard.file).read_bytes() == (source / shard.file).read_bytes()
-    flip(copy / "manifest.json")
-    stage(source, how)
-    assert same_rows(source, copy)
-
-
-def flip(path):
-    raw = bytearray(path.read_bytes())
-    raw[-9] ^= 1
-    path.write_bytes(raw)
-
-
-def test_a_folder_to_look_in_must_be_absolute(source, to, monkeypatch):
-    monkeypatch.setenv("DMI_STAGE", f"{to}:node")
-    with pytest.raises(DataError, match="DMI_STAGE: found 'node', expected absolute paths"):
-        find_staged(source)
-
-
 def test_a_damaged_source_is_refused_and_nothing_is_left(source, to):
     shard = read_manifest(source).shards[2]
     with (source / shard.file).open("rb+") as stream:

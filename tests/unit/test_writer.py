@@ -6,7 +6,6 @@ import os
 import shutil
 import threading
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -256,26 +255,6 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
     names = {shard.file for shard in read_manifest(tmp_path).shards}
     assert {path.name for path in tmp_path.iterdir()} == names | {"manifest.json", *mine}
     assert {(tmp_path / name).read_text() for name in mine} == {"content"}
-
-
-@pytest.mark.parametrize("make", [toy.write_set, toy.build_alone])
-@pytest.mark.parametrize("kind", ["text", "HDF5", "folder", "pipe"])
-def test_files_of_others_named_as_shards_are_in_the_way(tmp_path, make, kind):
-    path = tmp_path / "shard-00003.h5"
-    if kind == "text":
-        path.write_text("content")
-    elif kind == "HDF5":
-        with h5py.File(path, "w") as file:
-            file.attrs["format"] = "another"
-    else:
-        os.mkfifo(path) if kind == "pipe" else path.mkdir()
-    before = path.stat()
-    with pytest.raises(
-        DataError, match=r"not written by this program \(shard-00003\.h5\)\. Choose"
-    ):
-        make(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert path.stat().st_mtime_ns == before.st_mtime_ns
 
 
 def full_once(monkeypatch, shard):

@@ -85,7 +85,7 @@ def import_files(
         manifest = _shuffled(target, plan, rows, options, progress)
     report.kept = manifest.rows
     report.merged = report.read - report.kept - report.skipped
-    report.notes[:0] = _empty_splits(manifest)
+    report.notes[:0] = _empty_splits(manifest, inputs.kind)
     report.duplicates += source.duplicates
     report.repeated = source.repeated
     with writing(target):
@@ -114,16 +114,14 @@ def _check_fields(source: Source) -> None:
         raise DataError(f"fields: {error.errors()[0]['msg']}") from None
 
 
-def _empty_splits(manifest: Manifest) -> list[str]:
+def _empty_splits(manifest: Manifest, kind: Kind) -> list[str]:
     """A share was asked for, and no row has it: there are only a few keys."""
     rule = manifest.plan.split_rule
     shares: dict[SplitName, float] = {"validation": rule.validation, "test": rule.test}
-    return [
-        f"no row is for {name}: their keys ({rule.key}) are too few for a share of {share:g}. "
-        "Another --seed, or --group, may part them better"
-        for name, share in shares.items()
-        if share and not manifest.split_rows[name]
-    ]
+    empty = [name for name, share in shares.items() if share and not manifest.split_rows[name]]
+    if not empty:
+        return []
+    return [f"no row is for {' or '.join(empty)} (split: {rule.key}).{_ways_out(rule, kind)}"]
 
 
 def source_of(inputs: Inputs, options: ImportOptions) -> Source:
@@ -204,13 +202,20 @@ def _some_train(batches: Iterator[Batch], plan: BuildPlan, kind: Kind) -> Iterat
         row += batch.count
         yield batch
     if not found:
-        ways = f" Another --seed, or --validation 0 --test 0 (now {rule.validation:g}, {rule.test:g})"
-        if kind != "composition" and rule.key != ROW:
-            ways += ', or --group "row number", which splits each row by itself'
         raise DataError(
             f"no row is for training: validation and test have all {row} (split: {rule.key})."
-            + ("" if rule.key.startswith("given by") else ways)
+            + _ways_out(rule, kind)
         )
+
+
+def _ways_out(rule: SplitRule, kind: Kind) -> str:
+    """How rows may fall to other splits."""
+    if rule.key.startswith("given by"):
+        return ""
+    ways = f" Try another --seed or other shares (now {rule.validation:g} and {rule.test:g})"
+    if kind == "composition" or rule.key == ROW:
+        return ways
+    return ways + f', or --group "{ROW}", which splits each row by itself'
 
 
 def _plan(

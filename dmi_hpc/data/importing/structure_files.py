@@ -56,15 +56,20 @@ def xyz_frames(file: Path, name: str) -> Placed:
                 reason = f"expected the number of atoms, found {head.strip()[:40]!r}"
                 yield BadRecord(where, reason), raw.tell()
                 continue
-            while line and len(body) <= atoms and not (body and _atoms(line) is not None):
+            # the comment may be anything, an atom is neither nothing nor a single integer
+            while line and len(body) <= atoms and not (body and _ends_early(line)):
                 body.append(line)
                 number, line = next(numbered)
             if len(body) <= atoms:
-                end = "the next frame begins" if line else "the file ends"
+                end = "the frame ends" if line else "the file ends"
                 reason = f"{end} after {max(0, len(body) - 1)} of {atoms} atoms"
                 yield BadRecord(where, reason), raw.tell()
                 continue
             yield Record(where, f"{name}:{index}", "extxyz", head + "".join(body), file), raw.tell()
+
+
+def _ends_early(line: str) -> bool:
+    return not line.strip() or _atoms(line) is not None
 
 
 def _atoms(line: str) -> int | None:

@@ -19,7 +19,7 @@ Problems = dict[int, str]  # position -> why it is no value of the field
 
 _INTEGER = re.compile(r"\s*[+-]?[0-9]+\s*")
 _PADDED = re.compile(r"\s*[+-]?0[0-9]+\s*")  # 007 names something: as a number it were 7
-_EXACT = 2**53  # up to here every integer is a float64
+_EXACT = 2**53  # below, every integer is a float64
 _LONG = 4000  # digits that Python turns into an integer
 _TRUE_FALSE = {"true": 1, "false": 0}
 _SPLIT_NAMES = {
@@ -137,7 +137,7 @@ def from_texts(field: Field, cells: Sequence[str]) -> tuple[Array, Problems]:
 
 def _rounded(cells: Sequence[str], floats: Array) -> Problems:
     """Integers that a float64 holds only without their last digits: identifiers, most likely."""
-    large = np.flatnonzero(np.isfinite(floats) & (np.abs(floats) > _EXACT)).tolist()
+    large = np.flatnonzero(np.isfinite(floats) & (np.abs(floats) >= _EXACT)).tolist()
     return {
         i: f"the integer {cells[i].strip()} loses digits as a float: expected int64 or text"
         for i in large
