@@ -160,7 +160,7 @@ def test_a_set_has_rows_for_training(tmp_path):
 
 def test_rows_of_no_group_are_bad(tmp_path):
     _, report = table(tmp_path, "g,v\na,1\n ,2\nb,3\n", group="g", bad="skip")
-    assert [bad.reason for bad in report.bad] == ["split: no value to decide the split"]
+    assert [bad.reason for bad in report.bad] == ["split: no value of 'g', which decides it"]
     path = tmp_path / "t.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"g": ["a", None], "v": [1, 2]}), path)
     fields = (FieldSpec(name="v"),)

@@ -29,6 +29,7 @@ class Splits:
             key=f"given by {column!r}" if column else "",
         )
         self.given = column is not None
+        self.group = options.group
 
     def of(self, keys: Sequence[str]) -> tuple[Array, Problems]:
         """(n,) uint8 of group keys, or of the names of splits."""
@@ -36,7 +37,8 @@ class Splits:
             return splits_from(keys)
         rule = self.rule
         found = [split_of(rule.seed, key, rule.validation, rule.test) for key in keys]
-        empty = {i: "no value to decide the split" for i, k in enumerate(keys) if not k.strip()}
+        reason = f"no value of {self.group!r}, which decides it"
+        empty = {i: reason for i, key in enumerate(keys) if not key.strip()}
         return np.array(found, dtype=np.uint8), empty
 
 

@@ -52,15 +52,14 @@ class Texts:
         longest = max((len(c) if ascii_only else len(c.encode()) for c in cells), default=0)
         filled = [cell for cell in cells if cell.strip()]
         empty = len(cells) - len(filled)
-        padded = sum(_PADDED.fullmatch(cell) is not None for cell in filled)
         if _all_numbers(filled):
             whole = [cell for cell in filled if _INTEGER.fullmatch(cell)]
             huge = sum(map(_is_huge, whole))
-            floats = len(filled) - len(whole)
+            floats, padded = len(filled) - len(whole), _count_padded(whole)
             return cls(len(whole) - huge, floats, 0, huge, empty, longest, padded)
         count = [_kind(cell) for cell in filled].count
         numbers = count("int"), count("float"), count("truth")
-        return cls(*numbers, count("text"), empty, longest, padded)
+        return cls(*numbers, count("text"), empty, longest, _count_padded(filled))
 
     def __add__(self, other: Texts) -> Texts:
         return Texts(
@@ -96,6 +95,10 @@ def _all_numbers(cells: Sequence[str]) -> bool:
     except ValueError:
         return False
     return "_" not in "".join(cells)
+
+
+def _count_padded(cells: Sequence[str]) -> int:
+    return sum(_PADDED.fullmatch(cell) is not None for cell in cells)
 
 
 def _is_huge(integer: str) -> bool:
