@@ -255,6 +255,7 @@ def stage(
     from dmi_hpc.data.manifest import read_manifest
     from dmi_hpc.data.storage import size_text
 
+    folders = [folder.resolve() for folder in knobs.stage_folders()]
     share = None if part is None else part_of(part)
     total = sum(shard.bytes for shard in staging.part_shards(read_manifest(path), share))
     copied: list[int] = []
@@ -267,7 +268,6 @@ def stage(
         how = staging.Staging(to, share, lock_timeout, console().print, advance, progress)
         copy = staging.stage(path, how)
     say(f"{path}: {size_text(total)} in {copy}{'' if copied else ', there already'}")
-    folders = [folder.resolve() for folder in knobs.stage_folders()]
     if to.resolve() not in folders:
         value = os.pathsep.join(map(str, [*folders, to.resolve()]))
         console().print(f"to use it: export {knobs.STAGE}={shlex.quote(value)}", markup=False)

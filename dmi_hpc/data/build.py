@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dmi_hpc.data.hdf5 import remove_stale_master
 from dmi_hpc.data.manifest import (
     MANIFEST,
     SPLIT,
@@ -193,6 +194,7 @@ def _commit(
     if before is not None:  # lost shards were made again; rows, so statistics, are the plan's
         manifest = manifest.model_copy(update={"statistics": before.statistics})
     try:
+        remove_stale_master(target, manifest.identity)
         write_manifest(target, manifest)
         remove_strays(target, notes=True)
     except OSError as problem:

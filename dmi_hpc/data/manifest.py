@@ -381,7 +381,8 @@ def read_manifest(folder: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{path}: no such file, so no complete data set is there. Make one with `dmi data "
-            "build` or `dmi data import`; an interrupted build continues with --resume."
+            "build` or `dmi data import`; an interrupted build continues with --resume, an import "
+            "begins anew."
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dmi_hpc.data.hdf5 import remove_stale_master
 from dmi_hpc.data.manifest import (
     MANIFEST,
     SPLIT,
@@ -146,6 +147,7 @@ class ShardWriter:
             raise DataError(f"{self.folder}: no rows were appended, a set has at least one")
         manifest = manifest_of(self.plan, self._parts)
         try:
+            remove_stale_master(self.folder, manifest.identity)
             write_manifest(self.folder, manifest)
         except OSError as problem:
             raise explain(problem, self.folder, None) from problem

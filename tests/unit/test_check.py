@@ -248,6 +248,10 @@ def test_a_master_of_another_set_is_found_and_removed(tmp_path):
         master = write_master(tmp_path / "old", old.manifest, offsets)
     assert find_damage(tmp_path / "old") == ()
     shutil.copy(master, tmp_path / "set")
+    toy_set(tmp_path / "old", rows=20, seed=7)
+    assert master.exists(), "the same set again"
+    toy_set(tmp_path / "old", rows=20, seed=8)
+    assert not master.exists()
     (found,) = find_damage(tmp_path / "set")
     assert "master.h5: made from another set than is here" in str(found)
     assert repair(tmp_path / "set", tmp_path / "copy", [found]) == []
