@@ -94,3 +94,8 @@ def together(share: Callable[[Failed | None], list[Failed | None]]) -> Iterator[
         if failed is not None:
             kind, text = failed
             raise kind(f"rank {rank}: {text}")
+
+
+def counted(count: int, noun: str) -> str:
+    """For messages: "1 row", "2,000 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -161,8 +161,3 @@ def say(text: str) -> None:
         with Path(os.devnull).open("w") as nothing:  # the rest would fail again when Python ends
             os.dup2(nothing.fileno(), sys.stdout.fileno())
         raise DMIError(f"standard output: cannot write: {error}") from error
-
-
-def counted(count: int, noun: str) -> str:
-    """ "1 row", "2,000 rows"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

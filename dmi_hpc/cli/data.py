@@ -11,9 +11,9 @@ from dmi_hpc.cli.options import Out, RecipeFile, Resume, new_app, run_of, stops_
 from dmi_hpc.config import cores_per_rank
 from dmi_hpc.data.build import Communicator
 from dmi_hpc.data.manifest import Manifest
-from dmi_hpc.errors import DataError, together
+from dmi_hpc.errors import DataError, counted, together
 from dmi_hpc.run import Run, record_command
-from dmi_hpc.watch import console, counted, progress_bar, say
+from dmi_hpc.watch import console, progress_bar, say
 from dmi_hpc.world import World, detect
 
 app = new_app()

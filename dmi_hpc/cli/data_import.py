@@ -13,9 +13,9 @@ from dmi_hpc.cli.data_tools import compression_of
 from dmi_hpc.cli.options import stops_tidily
 from dmi_hpc.config import parse
 from dmi_hpc.data.importing.options import ImportOptions, field_of_text, read_map
-from dmi_hpc.data.importing.records import Advance, ImportReport, counted
+from dmi_hpc.data.importing.records import Advance, ImportReport
 from dmi_hpc.data.manifest import Manifest
-from dmi_hpc.errors import DataError
+from dmi_hpc.errors import DataError, counted
 from dmi_hpc.watch import console, progress_bar, say
 
 _SHOWN = 20  # bad records in the terminal; the report file has all

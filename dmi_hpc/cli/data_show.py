@@ -13,7 +13,7 @@ import numpy as np
 from dmi_hpc.data.manifest import SPLIT, SPLITS, Field, Manifest
 from dmi_hpc.data.statistics import Statistics
 from dmi_hpc.data.storage import decoded_bytes, size_text
-from dmi_hpc.watch import counted
+from dmi_hpc.errors import counted
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

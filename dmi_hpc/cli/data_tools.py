@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from dmi_hpc.cli.options import stops_tidily
-from dmi_hpc.errors import CorruptShardError, DataError
-from dmi_hpc.watch import console, counted, progress_bar, say
+from dmi_hpc.errors import CorruptShardError, DataError, counted
+from dmi_hpc.watch import console, progress_bar, say
 
 if TYPE_CHECKING:
     from dmi_hpc.data.check import Damage

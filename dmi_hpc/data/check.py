@@ -20,6 +20,7 @@ from dmi_hpc.data.manifest import (
     ShardRecord,
     read_manifest,
 )
+from dmi_hpc.data.parts import file_checksum
 from dmi_hpc.errors import CorruptShardError, DataError, FormatVersionError
 
 Progress = Callable[[int], None]
@@ -117,19 +118,9 @@ def _damage_of_file(path: Path, alone: Manifest, progress: Progress) -> list[Dam
 
 def _is_committed(path: Path, shard: ShardRecord, progress: Progress) -> bool:
     try:
-        return path.stat().st_size == shard.bytes and checksum_of(path, progress) == shard.xxh3
+        return path.stat().st_size == shard.bytes and file_checksum(path, progress) == shard.xxh3
     except OSError:  # of a broken disk: its blocks will tell
         return False
-
-
-def checksum_of(path: Path, progress: Progress) -> str:
-    """xxh3_64 of a file. progress: called with the bytes read since the last call."""
-    checksum, buffer = xxhash.xxh3_64(), bytearray(_PIECE)
-    with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            checksum.update(memoryview(buffer)[:count])
-            progress(count)
-    return checksum.hexdigest()
 
 
 def _damage_of_array(handle: int, path: Path, alone: Manifest, array: Field) -> list[Damage]:

@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -147,13 +147,16 @@ def _is_ours(path: Path, noted: Set[str]) -> bool:
     return path.name.endswith(_SUFFIX) or path.name in noted or is_shard(path)
 
 
-def file_checksum(path: Path) -> str:
-    """xxh3_64 of a file, 16 hexadecimal digits; `xxhsum -H3` prints the same."""
-    checksum = xxhash.xxh3_64()
+def file_checksum(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
+    """xxh3_64 of a file, 16 hexadecimal digits; `xxhsum -H3` prints the same.
+
+    progress: called with the bytes read since the last call.
+    """
+    checksum, buffer = xxhash.xxh3_64(), bytearray(1 << 22)
     with path.open("rb", buffering=0) as stream:
-        buffer = bytearray(1 << 22)
         while count := stream.readinto(buffer):
             checksum.update(memoryview(buffer)[:count])
+            progress(count)
     return checksum.hexdigest()
 
 

@@ -15,13 +15,13 @@ from dmi_hpc.data.blocks import ArrayBlocks
 from dmi_hpc.data.check import (
     Damage,
     Progress,
-    checksum_of,
     manifest_of,
     read_bytes,
     set_of_one,
 )
 from dmi_hpc.data.hdf5 import is_shard, remove_stale_master
 from dmi_hpc.data.manifest import BLOCK_ENTRY, MANIFEST, Manifest, read_manifest, write_manifest
+from dmi_hpc.data.parts import file_checksum
 from dmi_hpc.errors import CorruptShardError, DataError
 from dmi_hpc.files import atomic_file, exclusive, remove_stale, writing
 
@@ -136,12 +136,12 @@ def _mend(folder: Path, alone: Manifest, source: Path, progress: Progress) -> Me
             if mode is not None:  # whom it is closed to never sees it; it must be open to us
                 temp.chmod(mode | stat.S_IRUSR | stat.S_IWUSR)
             taken = _assemble(stream, regions, own, spare, source, progress)
-            if checksum_of(temp, progress) != shard.xxh3:
+            if file_checksum(temp, progress) != shard.xxh3:
                 # then HDF5's own parts of our file are damaged
                 gaps = [region for region in regions if region.xxh3 is None]
                 taken += [gap for gap in gaps if gap not in taken]
                 _assemble(stream, gaps, None, spare, source, lambda count: None)
-                if checksum_of(temp, lambda count: None) != shard.xxh3:
+                if file_checksum(temp, lambda count: None) != shard.xxh3:
                     raise CorruptShardError(f"{source}: HDF5's own parts are damaged, too")
         if mode is not None:
             target.chmod(mode)

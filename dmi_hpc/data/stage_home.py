@@ -20,8 +20,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dmi_hpc.data.check import Progress, checksum_of
+from dmi_hpc.data.check import Progress
 from dmi_hpc.data.manifest import MANIFEST, Manifest, read_manifest
+from dmi_hpc.data.parts import file_checksum
 from dmi_hpc.errors import DataError
 from dmi_hpc.files import TEMP_PREFIX, write_text
 
@@ -135,7 +136,7 @@ def is_intact(copy: Path, manifest: Manifest, progress: Progress) -> bool:
         if read_manifest(copy).identity != manifest.identity:
             return False
         with ThreadPoolExecutor(max(1, min(_THREADS, len(own)))) as pool:
-            sums = pool.map(lambda shard: checksum_of(copy / shard.file, progress), own)
+            sums = pool.map(lambda shard: file_checksum(copy / shard.file, progress), own)
             return all(found == shard.xxh3 for found, shard in zip(sums, own, strict=True))
     except (OSError, DataError):
         return False

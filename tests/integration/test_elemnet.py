@@ -44,7 +44,7 @@ def test_import_train_evaluate_predict(tmp_path):
     (tmp_path / "table.csv").write_text(table())
     (tmp_path / "mini.toml").write_text(RECIPE)
     done = dmi("data", "import", "table.csv", "--out", "oqmd", cwd=tmp_path)
-    assert "300 of 300 lines kept" in done.stdout
+    assert "300 of 300 records kept" in done.stdout
     dmi("train", "mini.toml", "--out", "run", cwd=tmp_path)
     dmi("evaluate", "run", cwd=tmp_path)
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())

@@ -94,7 +94,10 @@ def test_a_damaged_or_newer_data_set_is_named(tmp_path):
     shard.write_bytes(content)
     done = dmi("train", recipe, "--out", tmp_path / "run", cwd=tmp_path, code=2)
     clean(done, "shard-00001.h5", expected, "found")
-    clean(dmi("data", "verify", data, cwd=tmp_path, code=2), "shard-00001.h5", expected)
+    done = dmi("data", "verify", data, cwd=tmp_path, code=2)
+    damage, error = done.stderr.splitlines()[0], done.stderr.splitlines()[-1]
+    assert "shard-00001.h5: field 'split'" in damage and "Traceback" not in done.stderr
+    assert error.startswith("error: ") and "--repair-from COPY" in error
     manifest = json.loads((data / "manifest.json").read_text())
     (data / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
     done = dmi("train", recipe, "--out", tmp_path / "run", "--resume", cwd=tmp_path, code=2)

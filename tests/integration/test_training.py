@@ -142,7 +142,7 @@ def _rank(process: psutil.Process) -> str:
 def test_a_loss_that_is_not_finite_is_a_typed_failure(data, tmp_path):
     recipe = toy_recipe(tmp_path / "toy.toml", data, 'fault = "nan"')
     done = dmi("train", recipe, "--out", tmp_path / "run", cwd=tmp_path, code=1)
-    assert done.stderr.startswith("failed (nan): loss is nan at epoch 0")
+    assert "\nfailed (nan): loss is nan at epoch 0" in done.stderr
     assert "Traceback" not in done.stderr
     state = status(tmp_path / "run")
     assert (state["state"], state["failure"]) == ("failed", "nan")

@@ -94,7 +94,9 @@ def test_ranks_and_threads_do_not_change_what_a_row_becomes(shards, threads):
         return found
 
     def loader(**options):
-        return ShardLoader(shards, fields, transform=transform, threads=threads, **options)
+        return ShardLoader(
+            shards, fields, transform=transform, threads=threads, shuffle="global", **options
+        )
 
     whole = rows_of(loader(batch_size=16))
     assert len(whole) == len(shards.rows("train"))

@@ -15,8 +15,8 @@ from pydantic import JsonValue
 from dmi_hpc.data.importing.csvs import COMPRESSED, CsvFiles
 from dmi_hpc.data.importing.optional import readable
 from dmi_hpc.data.importing.options import ImportOptions, Kind
-from dmi_hpc.data.importing.records import Advance, counted
-from dmi_hpc.errors import DataError
+from dmi_hpc.data.importing.records import Advance
+from dmi_hpc.errors import DataError, counted
 
 _HASHED = 2**22  # bytes at once
 _NAMED = 100  # files that provenance names one by one

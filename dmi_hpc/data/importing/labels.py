@@ -8,10 +8,10 @@ from pathlib import Path
 from dmi_hpc.data.importing.csvs import CsvFiles
 from dmi_hpc.data.importing.files import bare_name
 from dmi_hpc.data.importing.options import ImportOptions
-from dmi_hpc.data.importing.records import Chunk, counted
+from dmi_hpc.data.importing.records import Chunk
 from dmi_hpc.data.importing.tables import wanted_columns
 from dmi_hpc.data.importing.values import Texts
-from dmi_hpc.errors import DataError
+from dmi_hpc.errors import DataError, counted
 
 CGCNN = "id_prop.csv"  # no header: name, target
 

@@ -12,7 +12,7 @@ from pydantic import JsonValue
 
 from dmi_hpc.data.manifest import Field
 from dmi_hpc.data.ragged import Ragged
-from dmi_hpc.errors import DataError
+from dmi_hpc.errors import DataError, counted
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Advance = Callable[[str, int, int, str], None]  # phase, done, of how many, of what
@@ -173,11 +173,6 @@ class ImportReport:
             "duplicates": list(self.duplicates),
             "bad": [{"where": b.where, "reason": b.reason} for b in self.bad],
         }
-
-
-def counted(count: int, what: str) -> str:
-    """1 file, 2 files."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def listed(problems: Sequence[object], count: int | None = None) -> str:
