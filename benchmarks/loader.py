@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 from loading import features
 from loading.cases import CASES, GRAPH_BATCH, GRAPHS, Case, make_graphs, write_graphs, write_set
+from loading.ours import BACKEND
 from loading.report import Figure, as_json, count, machine, markdown, table
 from loading.rival_process import Trial, rivals
 from loading.rivals import PACKAGES, installed
@@ -103,7 +104,7 @@ class Benchmark:
 
     def _dense_figures(self, case: Case, rates: Rates, trials: dict[str, Trial]) -> None:
         def against(what: str, mine: str, other: str, least: float | None) -> Figure:
-            """The better of 0 and 2 threads; both are named."""
+            """The best of 0, 2 and 4 threads, as rivals of as many workers; all are named."""
             arms = [name for name in rates if name.startswith(f"{mine},")]
             chosen = best(rates, arms)
             each = ", ".join(
@@ -302,11 +303,14 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sets, 2 repetitions, no rivals")
     parser.add_argument("--no-rivals", action="store_true", help="only this project and memory")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts instead of all")
+    parser.add_argument("--backend", choices=["mmap", "ram"], default="mmap", help="of our reader")
     parser.add_argument("--folder", type=Path, help="for the data, 4 GB; default: temporary")
     parser.add_argument("--elemnet", type=Path, help="table of formulas and targets, or a set")
     parser.add_argument("--json", type=Path, help="all figures and rates")
     parser.add_argument("--markdown", type=Path, help="the tables, besides on the terminal")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    BACKEND[0] = arguments.backend
+    return arguments
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ Array = np.ndarray[Any, Any]
 Epoch = Callable[[], int]  # -> samples read
 
 RUN_EPOCHS = 10
-THREADS = (0, 2)
+THREADS = (0, 2, 4)  # as many as rivals have workers
+BACKEND = ["mmap"]  # as asked for on the command line
 
 
 def loader_of(folder: Path, fields: tuple[str, ...], batch: int, threads: int, **more: Any) -> Any:
     from dmi_hpc.data import ShardLoader, ShardSet
 
-    shards = ShardSet.open(folder, verify="none", backend="mmap")
+    shards = ShardSet.open(folder, verify="none", backend=BACKEND[0])
     options = {"split": "all", "shuffle": "global", "batch_size": batch, "threads": threads}
     return ShardLoader(shards, fields, **{**options, **more})
 
@@ -67,7 +68,7 @@ def read(folder: Path, batch: int) -> Epoch:
     """ShardSet.read, the plain copy, into one buffer."""
     from dmi_hpc.data import ShardSet
 
-    shards = ShardSet.open(folder, verify="none", backend="mmap")
+    shards = ShardSet.open(folder, verify="none", backend=BACKEND[0])
     field = shards.manifest.field("x")
     buffer = np.empty((batch, *field.shape), dtype=field.numpy)
 
@@ -85,7 +86,7 @@ def verified(folder: Path, batch: int, verify: Any, epochs: int) -> Epoch:
     from dmi_hpc.data import ShardLoader, ShardSet
 
     def run() -> int:
-        with ShardSet.open(folder, verify=verify, backend="mmap") as shards:
+        with ShardSet.open(folder, verify=verify, backend=BACKEND[0]) as shards:
             loader = ShardLoader(shards, ("x",), split="all", shuffle="global", batch_size=batch)
             return sum(len(rows["x"]) for _ in range(epochs) for rows in loader)
 
