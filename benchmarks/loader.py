@@ -1,6 +1,6 @@
 """The loader against memory, against other loaders, and what its guarantees cost.
 
-    python benchmarks/loader.py                 every figure, about 8 minutes on 4 cores
+    python benchmarks/loader.py                 every figure, about 12 minutes on 4 cores
     python benchmarks/loader.py --quick         small sets, no other loaders, seconds: does it run?
     python benchmarks/loader.py --only graphs   one part
     python benchmarks/loader.py --elemnet TABLE.csv      with the data wait of a training
