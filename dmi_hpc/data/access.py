@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     from dmi_hpc.data.reader import ShardSet
 
 
-WINDOW_BYTES = (
-    64 * 2**20
-)  # of block shuffle, where the shuffle was asked for: alike on all machines
+# of block shuffle, where the shuffle was asked for: alike on all machines
+WINDOW_BYTES = 64 * 2**20
 MOST_PARTS = 64
 
 

@@ -81,6 +81,9 @@ class ShardLoader(IterableDataset[Tensors]):
         if not isinstance(shards, ShardSet):
             shards = ShardSet.open(shards, processes_on_node=detect().local_size)
         self.shards = shards
+        if not fields:
+            known = ", ".join(field.name for field in shards.manifest.fields)
+            raise DataError(f"fields: expected one or more, found none; of: {known}")
         for name in fields:
             if not self.shards.manifest.field(name).numeric:
                 raise DataError(

@@ -250,10 +250,11 @@ class BlockSource:
         self, blocks: list[int]
     ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, _Reading]]]:
         """(slots, blocks that this thread must read, blocks that others are reading)."""
+        wanted = set(blocks)
         with self._changed:
             while True:
                 missing = [b for b in blocks if b not in self._slot_of]
-                idle = [b for b in self._slot_of if b not in self._pins and b not in blocks]
+                idle = [b for b in self._slot_of if b not in self._pins and b not in wanted]
                 if len(missing) <= len(self._free) + len(idle):
                     break
                 self._changed.wait()

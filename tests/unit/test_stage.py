@@ -233,7 +233,7 @@ source, to = map(Path, sys.argv[1:3])
 if sys.argv[3] == "slow":
     import dmi_hpc.data.stage as stage
     def halt(count):
-        print("copying", flush=True)
+        print("copying\\n", end="", flush=True)  # in one piece: several threads copy
         time.sleep(60)
     stage.stage(source, Staging(to, progress=halt))
 else:

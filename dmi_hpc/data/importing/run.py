@@ -43,7 +43,7 @@ from dmi_hpc.errors import DataError
 from dmi_hpc.files import TEMP_PREFIX, exclusive, write_json, writing
 
 REPORT = "import-report.json"
-SHARD_BYTES = 2**28  # facts: 256 MiB and more suit parallel file systems
+SHARD_BYTES = 2**28  # few files and long stripes: what parallel file systems are good at
 
 
 def import_files(
