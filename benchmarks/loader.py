@@ -78,6 +78,8 @@ class Benchmark:
             epochs = {
                 "gather": ours.gathered(array, case.batch),
                 "memcpy": ours.copied(array, case.batch),
+                "gather, 3 buffers": ours.gathered(array, case.batch, 3),
+                "memcpy, 3 buffers": ours.copied(array, case.batch, 3),
                 "read": ours.read(one, case.batch),
             }
             for threads in ours.THREADS:
@@ -104,7 +106,7 @@ class Benchmark:
 
     def _dense_figures(self, case: Case, rates: Rates, trials: dict[str, Trial]) -> None:
         def against(what: str, mine: str, other: str, least: float | None) -> Figure:
-            """The best of 0, 2 and 4 threads, as rivals of as many workers; all are named."""
+            """Ours with as many threads as are best; all are named."""
             arms = [name for name in rates if name.startswith(f"{mine},")]
             chosen = best(rates, arms)
             each = ", ".join(
@@ -120,6 +122,9 @@ class Benchmark:
         self.figures.append(
             Figure(f"{case.title}: ShardSet.read vs memcpy", ratio(rates, "read", "memcpy"), "x")
         )
+        for ceiling in ("gather", "memcpy"):
+            what = f"{case.title}: {ceiling} from RAM into 3 buffers in turn vs into one"
+            self.figures.append(Figure(what, ratio(rates, f"{ceiling}, 3 buffers", ceiling), "x"))
         mine = best(rates, [name for name in rates if name.startswith("shuffled,")])
         self.figures.append(
             against(f"{MANY_SHARDS} shards vs one, shuffled", f"{MANY_SHARDS} shards", mine, None)
@@ -303,7 +308,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sets, 2 repetitions, no rivals")
     parser.add_argument("--no-rivals", action="store_true", help="only this project and memory")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts instead of all")
-    parser.add_argument("--backend", choices=["mmap", "ram"], default="mmap", help="of our reader")
+    parser.add_argument(
+        "--backend",
+        choices=["auto", "mmap", "ram"],
+        default="auto",
+        help="of our reader; auto, the default, is ram for sets of this size",
+    )
     parser.add_argument("--folder", type=Path, help="for the data, 4 GB; default: temporary")
     parser.add_argument("--elemnet", type=Path, help="table of formulas and targets, or a set")
     parser.add_argument("--json", type=Path, help="all figures and rates")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from loading.cases import field_of, plan_of
 from loading.report import Figure, count
-from loading.timing import Settings, interleaved, ratio, repeated
+from loading.timing import Settings, Window, interleaved, ratio
 
 Array = np.ndarray[Any, Any]
 SHARDS, PROCESSES = 16, 4
@@ -35,37 +35,41 @@ class Rows:
         return {"x": rows, "split": np.zeros(len(rows), dtype=np.uint8)}
 
 
-def built(source: Path, target: Path, rows: int, processes: int) -> Callable[[], int]:
+def built(source: Path, target: Path, rows: int, processes: int) -> Window:
     from dmi_hpc.data.build import Alone, build
 
     field = field_of("x", np.load(source, mmap_mode="r"))
     plan = plan_of((field,), max(1, rows // SHARDS), rows)
 
-    def run() -> int:
+    def window() -> float:
+        started = time.perf_counter()
         made = build(
             target, plan, Rows(source), Alone(), processes, lambda _: None, rows_per_call=256
         )
+        spent = time.perf_counter() - started
         shutil.rmtree(target)
-        return made.rows
+        return made.rows / spent
 
-    return run
+    return window
 
 
-def plainly_written(source: Path, target: Path) -> Callable[[], int]:
+def plainly_written(source: Path, target: Path) -> Window:
     """One file by h5py, on the disk when it returns, as a built set is."""
     import h5py
 
-    def run() -> int:
+    def window() -> float:
+        started = time.perf_counter()
         array = np.load(source, mmap_mode="r")
         with h5py.File(target, "w") as file:
             file.create_dataset("x", data=array)
         descriptor = os.open(target, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+        spent = time.perf_counter() - started
         target.unlink()
-        return len(array)
+        return len(array) / spent
 
-    return run
+    return window
 
 
 def figures(folder: Path, settings: Settings) -> list[Figure]:
@@ -74,13 +78,12 @@ def figures(folder: Path, settings: Settings) -> list[Figure]:
     np.save(source, np.random.default_rng(3).random((rows, *SAMPLE), dtype=np.float32))
     few = PROCESSES * SHARDS
     np.save(folder / "few.npy", np.zeros((few, 1), dtype=np.float32))
-    contenders = {
+    windows = {
         "1 process": built(source, target, rows, 1),
         "4 processes": built(source, target, rows, PROCESSES),
         "h5py": plainly_written(source, folder / "plain.h5"),
         "start": built(folder / "few.npy", target, few, PROCESSES),
     }
-    windows = {name: repeated(epoch, 0.0) for name, epoch in contenders.items()}
     small = settings.small  # processes take a second to start
     rates = interleaved(windows, 1 if small else settings.repetitions, warm_up=not small)
     for name in ("few.npy", "rows.npy"):
@@ -94,9 +97,7 @@ def figures(folder: Path, settings: Settings) -> list[Figure]:
     ]
     known = [gain for gain in gains if gain is not None]
     median = {name: float(np.median(found)) for name, found in rates.items()}
-    gigabytes = {
-        name: f"{median[name] * np.prod(SAMPLE) * 4 / 1e9:.2f} GB/s" for name in contenders
-    }
+    gigabytes = {name: f"{median[name] * np.prod(SAMPLE) * 4 / 1e9:.2f} GB/s" for name in windows}
     size = f"{rows * np.prod(SAMPLE) * 4 / 1e9:.2g} GB, {SHARDS} shards"
     return [
         Figure(

@@ -47,7 +47,7 @@ class Case:
 CASES = (
     Case("a", (86,), "float32", 1_000_000, 200_000, 1024, False),
     Case("b", (60, 60), "float32", 20_000, 20_000, 256, True),
-    Case("c", (51, 51, 51), "uint8", 2_000, 2_000, 32, True),
+    Case("c", (51, 51, 51), "uint8", 8_000, 2_000, 32, True),
 )
 GRAPHS, NEIGHBOURS, GRAPH_BATCH = 20_000, 12, 64
 

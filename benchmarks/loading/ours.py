@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ Array = np.ndarray[Any, Any]
 Epoch = Callable[[], int]  # -> samples read
 
 RUN_EPOCHS = 10
-THREADS = (0, 2, 4)  # as many as rivals have workers
-BACKEND = ["mmap"]  # as asked for on the command line
+THREADS = (0, 1, 2, 3)  # besides the caller's own, which works along while it waits
+BACKEND = ["auto"]  # as asked for on the command line
 
 
 def loader_of(folder: Path, fields: tuple[str, ...], batch: int, threads: int, **more: Any) -> Any:
@@ -34,31 +35,34 @@ def loaded(loader: Any, field: str) -> Epoch:
     return epoch
 
 
-def gathered(array: Array, batch: int) -> Epoch:
-    """The shuffle ceiling: np.take of shuffled batches into one buffer, order made beforehand."""
+def gathered(array: Array, batch: int, buffers: int = 1) -> Epoch:
+    """The shuffle ceiling: np.take of shuffled batches, order made beforehand.
+
+    buffers: written in turn. One stays in the cache; a loader fills one while another is used.
+    """
     from dmi_hpc.data.sampler import Order
 
     order = Order(seed=0, rows=len(array), shuffle="global")
     rows = order.index(0, np.arange(len(array), dtype=np.int64))
     batches = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    buffer = np.empty((batch, *array.shape[1:]), dtype=array.dtype)
+    outs = cycle([np.empty((batch, *array.shape[1:]), array.dtype) for _ in range(buffers)])
 
     def epoch() -> int:
-        for index in batches:
-            np.take(array, index, axis=0, out=buffer[: len(index)], mode="clip")
+        for index, out in zip(batches, outs, strict=False):
+            np.take(array, index, axis=0, out=out[: len(index)], mode="clip")
         return len(rows)
 
     return epoch
 
 
-def copied(array: Array, batch: int) -> Epoch:
-    """The sequential ceiling: memcpy of each batch into one buffer."""
-    buffer = np.empty((batch, *array.shape[1:]), dtype=array.dtype)
+def copied(array: Array, batch: int, buffers: int = 1) -> Epoch:
+    """The sequential ceiling: memcpy of each batch into buffers, written in turn."""
+    outs = cycle([np.empty((batch, *array.shape[1:]), array.dtype) for _ in range(buffers)])
 
     def epoch() -> int:
         for start in range(0, len(array), batch):
             rows = array[start : start + batch]
-            np.copyto(buffer[: len(rows)], rows)
+            np.copyto(next(outs)[: len(rows)], rows)
         return len(array)
 
     return epoch

@@ -20,6 +20,9 @@ def to_device(
     On a GPU the next batch is copied on a stream of its own while this one is worked on. Page-locked
     buffers stay held until their copy is done: not before are they read into again.
     """
+    if device.type == "cpu":
+        yield from batches
+        return
     if device.type != "cuda":
         for key, tensors in batches:
             yield key, {name: tensor.to(device) for name, tensor in tensors.items()}

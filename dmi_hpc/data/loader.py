@@ -7,18 +7,18 @@ measured 7 to 13 times slower than the gather itself.
 from __future__ import annotations
 
 import itertools
-import math
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
+from dmi_hpc.data.buffers import Buffers
+from dmi_hpc.data.crew import Crew, Task
 from dmi_hpc.data.permutation import Ids, mix
 from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.ranges import Rows
@@ -80,9 +80,10 @@ class Loader(Generic[T]):
     """Epochs over some rows of a shard set; the same sequence at any number of ranks and threads.
 
     rows: `shards.rows("train")`, or (m,) int64. order: of len(rows) rows. prepare: run on each batch
-    in the thread that has read it; what it returns is what is iterated over. A batch's arrays are
-    used again once nobody holds them (or a view, or a tensor made from one) any more.
-    pin: page-locked buffers, for copies to a GPU beside its work.
+    in the thread that has read it; what it returns is what is iterated over, by default the batch. A
+    batch's arrays are used again once nobody holds them (or a view, or a tensor made from one) any
+    more. threads: besides the caller's own, which reads too while it waits. pin: page-locked buffers,
+    for copies to a GPU beside its work.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Loader(Generic[T]):
         order: Order,
         *,
         batch_size: int,
-        prepare: Callable[[Batch], T],
+        prepare: Callable[[Batch], T] | None = None,
         rank: int = 0,
         size: int = 1,
         tail: Tail = "keep",
@@ -105,7 +106,7 @@ class Loader(Generic[T]):
         self.rank, self.size, self.threads = rank, size, threads
         self.batches = Batches(len(rows), batch_size, tail)
         self._prepare = prepare
-        self._buffers = _Buffers(pin=pin, idle=2 * threads + 4)
+        self._buffers = Buffers(pin=pin, idle=2 * threads + 4)
         self._full = rank_slice(np.arange(batch_size, dtype=np.int64), rank, size)
         self._most = self._longest_chunk()
         known = {name: shards.manifest.field(name) for name in fields}
@@ -150,21 +151,22 @@ class Loader(Generic[T]):
             for chunk in self._chunks(self._shares(epoch, start)):
                 yield from self._load(epoch, chunk, stop)
             return
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="dmi-loader")
-        waiting: deque[Future[list[T]]] = deque()
-        try:
-            shares = self._shares_ahead(epoch, start, pool)
-            if self.order.shuffle == "block" and self.shards.reads_blocks:
-                shares = self._windows_ahead(epoch, shares, pool)
-            for chunk in self._chunks(shares):
-                waiting.append(pool.submit(self._load, epoch, chunk, stop))
-                if len(waiting) > self.threads:  # more buffers would not stay in the cache
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+        waiting: deque[Task[Iterable[T]]] = deque()
+        with Crew(self.threads, "dmi-loader") as crew:
+            try:
+                shares = self._shares(epoch, start)
+                if self.order.shuffle == "block":  # the order itself takes a while
+                    shares = self._shares_ahead(epoch, start, crew)
+                    if self.shards.reads_blocks:
+                        shares = self._windows_ahead(epoch, shares, crew)
+                for chunk in self._chunks(shares):
+                    waiting.append(crew.submit(partial(self._load, epoch, chunk, stop)))
+                    if len(waiting) > self.threads:  # more buffers would not stay in the cache
+                        yield from crew.result(waiting.popleft())
+                while waiting:
+                    yield from crew.result(waiting.popleft())
+            finally:
+                stop.set()
 
     def _chunks(self, shares: Iterator[_Share]) -> Iterator[list[_Share]]:
         """Shares that are read in one go: first one, then more, so that the first comes soon."""
@@ -173,18 +175,31 @@ class Loader(Generic[T]):
             yield chunk
             length = min(2 * length, self._most)
 
-    def _load(self, epoch: int, shares: list[_Share], stop: threading.Event) -> list[T]:
+    def _load(self, epoch: int, shares: list[_Share], stop: threading.Event) -> Iterable[T]:
         rows = shares[0].rows if len(shares) == 1 else np.concatenate([s.rows for s in shares])
         found = self.shards.fields(self.fields, rows, self._buffers.borrow)
+        batches = self._batches(epoch, shares, found)
+        if self._prepare is None:  # where there is little to do, the caller does it: others gather
+            return cast(Iterable[T], list(batches) if self._refers else batches)
         started = time.monotonic()  # of what the user's transform takes, not a cold disk
-        loaded, at = [], 0
+        loaded = []
+        for batch in batches:
+            loaded.append(self._prepare(batch))
+            if stop.is_set():
+                break
+        if len(shares) > 1 and time.monotonic() - started > _CHUNK_S:
+            self._most = max(1, len(shares) // 2)
+        return loaded
+
+    def _batches(self, epoch: int, shares: list[_Share], found: dict[str, Any]) -> Iterator[Batch]:
+        at = 0
         for share in shares:
             end = at + len(share.rows)
             fields = {name: _part(values, at, end) for name, values in found.items()}
             for name, axis in self._refers.items():
                 fields[name] = _shifted(fields[name], self._base(axis, fields, share.rows))
             at = end
-            batch = Batch(
+            yield Batch(
                 fields=fields,
                 positions=share.positions,
                 rows=share.rows,
@@ -194,12 +209,6 @@ class Loader(Generic[T]):
                 start=share.start,
                 stop=share.stop,
             )
-            loaded.append(self._prepare(batch))
-            if stop.is_set():
-                break
-        if len(shares) > 1 and time.monotonic() - started > _CHUNK_S:
-            self._most = max(1, len(shares) // 2)
-        return loaded
 
     def _base(self, axis: str, found: dict[str, Any], rows: Ids) -> Ids:
         """Entries of an axis before each row of the batch."""
@@ -226,26 +235,28 @@ class Loader(Generic[T]):
         ]
 
     def _groups(self, start: int) -> Iterator[tuple[int, int]]:
-        steps, length = self.steps(start), max(1, _INDEX_AHEAD // len(self._full[0]))
-        return ((first, min(first + length, steps)) for first in range(0, steps, length))
+        """(first, stop) of steps whose rows are computed together: few at first, as chunks are."""
+        steps, first, ahead = self.steps(start), 0, _INDEX_AHEAD // 64
+        while first < steps:
+            stop = min(steps, first + max(1, ahead // len(self._full[0])))
+            yield first, stop
+            first, ahead = stop, min(4 * ahead, _INDEX_AHEAD)
 
     def _shares(self, epoch: int, start: int) -> Iterator[_Share]:
         for first, stop in self._groups(start):
             yield from self._group(epoch, start, first, stop)
 
-    def _shares_ahead(self, epoch: int, start: int, pool: ThreadPoolExecutor) -> Iterator[_Share]:
+    def _shares_ahead(self, epoch: int, start: int, crew: Crew) -> Iterator[_Share]:
         """The same; the next group is computed while this one is loaded."""
-        coming: deque[Future[list[_Share]]] = deque()
+        coming: deque[Task[list[_Share]]] = deque()
         for first, stop in self._groups(start):
-            coming.append(pool.submit(self._group, epoch, start, first, stop))
+            coming.append(crew.submit(partial(self._group, epoch, start, first, stop)))
             if len(coming) > 1:
-                yield from coming.popleft().result()
+                yield from crew.result(coming.popleft())
         while coming:
-            yield from coming.popleft().result()
+            yield from crew.result(coming.popleft())
 
-    def _windows_ahead(
-        self, epoch: int, shares: Iterator[_Share], pool: ThreadPoolExecutor
-    ) -> Iterator[_Share]:
+    def _windows_ahead(self, epoch: int, shares: Iterator[_Share], crew: Crew) -> Iterator[_Share]:
         """The same; blocks of the next window are read while rows of this one are used.
 
         What fails there fails again, with its error, when the rows themselves are read.
@@ -256,7 +267,7 @@ class Loader(Generic[T]):
             for following in sorted(window + 1 for window in found - known):
                 if following < order.windows:
                     for block in order.blocks(epoch, following).tolist():
-                        pool.submit(self._prefetch, block * order.block_rows)
+                        crew.submit(partial(self._prefetch, block * order.block_rows))
             known |= found
             yield share
 
@@ -282,59 +293,3 @@ def _shifted(values: Array | Ragged, base: Ids) -> Array | Ragged:
     wide = values.astype(np.int64, copy=False)  # if int64 already, in place: the buffer is ours
     wide += base.reshape(-1, *(1 for _ in values.shape[1:]))
     return wide
-
-
-class _Buffers:
-    """Memory for batches. A buffer is lent again when nobody holds what was lent before.
-
-    Fresh memory for each batch would cost a page fault every 4 kB, more than the gather itself.
-    Owners are arrays of bytes as they were made, for those alone are what all views hold: numpy lets
-    a view hold the array that owns the memory, or shows somebody else's, not those in between.
-    idle: free buffers of a field that are kept.
-    """
-
-    def __init__(self, *, pin: bool, idle: int) -> None:
-        self._pin, self._idle, self._lock = pin, idle, threading.Lock()
-        self._owners: dict[str, list[Array]] = {}
-
-    def borrow(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """(shape) of dtype, not initialised."""
-        size = math.prod(shape) * dtype.itemsize
-        with self._lock:
-            owners = self._owners.setdefault(name, [])
-            place = self._free(owners, size)
-            if place is None:
-                # ragged batches differ in size: room for the next ones too
-                owners.append(self._new(size + size // 4))
-                place = len(owners) - 1
-            return owners[place][:size].view(dtype).reshape(shape)
-
-    def _free(self, owners: list[Array], size: int) -> int | None:
-        """Place of a large enough buffer that only `owners` holds; free ones too small or many go."""
-        found, idle = None, 0
-        for place in range(len(owners) - 1, -1, -1):
-            # references: the list's and getrefcount's own argument; views hold their owner
-            if sys.getrefcount(owners[place]) > _HELD_BY_LIST:
-                continue
-            if len(owners[place]) >= size and idle < self._idle:
-                found, idle = place, idle + 1
-            else:
-                del owners[place]
-                found = found - 1 if found is not None else None
-        return found
-
-    def _new(self, size: int) -> Array:
-        if not self._pin:
-            return np.empty(size, dtype=np.uint8)
-        import torch
-
-        pinned: Array = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-        return pinned
-
-
-def _references_of_a_list_item() -> int:
-    items = [np.empty(0)]
-    return sys.getrefcount(items[0])
-
-
-_HELD_BY_LIST = _references_of_a_list_item()

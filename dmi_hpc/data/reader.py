@@ -264,8 +264,9 @@ class ShardSet:
     def _new_source(self, array: Field, opened: Opened) -> Source:
         blocks = self._numbered(array)
         if self.backend in ("mmap", "ram") and blocks.mappable:
-            mapped = MappedSource(blocks, check=self._check)
-            return mapped if self.backend == "mmap" else RamSource(blocks, mapped.read)
+            if self.backend == "mmap":
+                return MappedSource(blocks, check=self._check)
+            return RamSource(blocks, MappedSource(blocks, check=False).read, check=self._check)
         reader = BlockReader(
             blocks,
             opened.handle,

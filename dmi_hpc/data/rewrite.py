@@ -77,7 +77,7 @@ def rewrite(
         rule=None if changes.validation is None else plan.split_rule,
         group=changes.group,
         # in order each block is decoded once; scattered rows need it again and again
-        backend="pread" if compressed and not plan.shuffled else "auto",
+        backend="auto" if plan.shuffled else "pread" if compressed else "mmap",
         processes=processes,
     )
     row_bytes = max(1, decoded_bytes(source.manifest) // len(source))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,13 +111,13 @@ class ShardLoader(IterableDataset[Tensors]):
             shared = [order]
             distributed.broadcast_object_list(shared, src=0)
             order = shared[0]
-        self._loader = Loader(
+        self._loader: Loader[Batch] = Loader(
             self.shards,
             chosen,
             fields,
             order,
             batch_size=batch_size,
-            prepare=self._tensors,
+            prepare=None if transform is None else self._transformed,
             rank=rank if rank is not None else distributed.get_rank() if live else 0,
             size=size if size is not None else distributed.get_world_size() if live else 1,
             tail=tail,
@@ -147,7 +147,7 @@ class ShardLoader(IterableDataset[Tensors]):
             self.set_epoch(self.epoch + 1)
         self._begun, epoch = True, self.epoch
         batches = self._loader.epoch(epoch, self.position)
-        for stop, tensors in to_device(batches, self.device):
+        for stop, tensors in to_device(map(self._tensors, batches), self.device):
             # now, for a state saved in the loop's body counts this batch; and after the last one
             # nobody may ask for more
             if self._loader.steps(stop):
@@ -185,10 +185,13 @@ class ShardLoader(IterableDataset[Tensors]):
     def __getstate__(self) -> object:
         raise DataError(_ONE_PROCESS)
 
+    def _transformed(self, batch: Batch) -> Batch:
+        assert self._transform is not None
+        return replace(batch, fields=dict(self._transform(batch)))
+
     def _tensors(self, batch: Batch) -> tuple[int, Tensors]:
-        fields = self._transform(batch) if self._transform is not None else batch.fields
         tensors: Tensors = {}
-        for name, values in fields.items():
+        for name, values in batch.fields.items():
             if isinstance(values, Ragged):
                 axis = self.shards.manifest.field(name).axis
                 tensors[name] = torch.from_numpy(values.values)

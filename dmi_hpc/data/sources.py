@@ -87,10 +87,12 @@ class MappedSource:
 class RamSource:
     """A private copy; whole blocks are read, once, by several threads.
 
-    Raises DataError if it does not fit in the free memory.
+    check: whether the copy of each block is compared with its checksum, while it is in the cache (of
+    arrays that are not compressed: else `read` does it). Raises DataError if it does not fit in the
+    free memory, CorruptShardError.
     """
 
-    def __init__(self, blocks: ArrayBlocks, read: Read) -> None:
+    def __init__(self, blocks: ArrayBlocks, read: Read, *, check: bool = False) -> None:
         array, total = blocks.array, blocks.entries.total
         size, free = total * array.entry_bytes, free_memory()
         if size > free:  # a damaged or hostile compressed set may claim any size
@@ -102,9 +104,12 @@ class RamSource:
         step = max(1, _STEP_BYTES // (blocks.per_block * array.entry_bytes))
 
         def fill(first: int) -> None:
-            start, _ = blocks.span(first)
-            _, stop = blocks.span(min(first + step, blocks.total) - 1)
-            read(start, stop, self._data[start:stop])
+            for block in range(first, min(first + step, blocks.total)):
+                start, stop = blocks.span(block)
+                copy = self._data[start:stop]
+                read(start, stop, copy)
+                if check:
+                    blocks.check(block, copy.reshape(-1).view(np.uint8))
 
         with ThreadPoolExecutor(min(_FILLERS, len(os.sched_getaffinity(0)))) as pool:
             for _ in pool.map(fill, range(0, blocks.total, step)):

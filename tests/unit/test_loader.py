@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_sets import NAMES, assert_same, make_set, numbers, pick
 
-from dmi_hpc.data import BuildPlan, Field, Ragged, ShardSet, ShardWriter, SplitRule
+from dmi_hpc.data import BuildPlan, Field, Ragged, ShardSet, ShardWriter, SplitRule, buffers
 from dmi_hpc.data import loader as loading
 from dmi_hpc.data.access import order_of
 from dmi_hpc.data.loader import Loader
@@ -263,9 +263,9 @@ def test_what_is_held_is_not_overwritten(shards, monkeypatch, hold, pin, threads
 def test_memory_is_used_again(shards, monkeypatch, threads):
     monkeypatch.setattr(loading, "_CHUNK_BYTES", 4000)
     made = []
-    usual = loading._Buffers._new
+    usual = buffers.Buffers._new
     monkeypatch.setattr(
-        loading._Buffers, "_new", lambda self, size: made.append(size) or usual(self, size)
+        buffers.Buffers, "_new", lambda self, size: made.append(size) or usual(self, size)
     )
     loader = make_loader(shards, Order(seed=0, rows=ROWS), 4, ("x", "image"), threads=threads)
     bound = 2 * threads + 4  # waiting, being read, in the caller's hands

@@ -120,6 +120,10 @@ SHM = Storage("memory", "tmpfs")
 @pytest.mark.parametrize(
     ("where", "size", "compressed", "processes", "backend", "shuffle", "said"),
     [
+        (SHM, 2 * GB, False, 4, "ram", "global", "2 GB are little"),
+        (SHARED, 3 * GB, False, 4, "ram", "global", "read as a whole"),
+        (NVME, 2 * GB, False, 8, "mmap", "global", "random access is cheap"),
+        (NVME, 5 * GB, False, 1, "mmap", "global", "random access is cheap"),
         (SHM, 400 * GB, False, 1, "mmap", "global", "any row costs the same"),
         (NVME, 400 * GB, False, 4, "mmap", "global", "random access is cheap"),
         (DISK, 40 * GB, False, 8, "mmap", "global", "page cache holds the set"),
