@@ -108,7 +108,7 @@ class Benchmark:
         def against(what: str, mine: str, other: str, least: float | None) -> Figure:
             """Ours with as many threads as are best; all are named."""
             arms = [name for name in rates if name.startswith(f"{mine},")]
-            chosen = best(rates, arms)
+            chosen = max(arms, key=lambda name: ratio(rates, name, other))
             each = ", ".join(
                 f"{name.partition(', ')[2]} {ratio(rates, name, other):.2f}" for name in arms
             )
