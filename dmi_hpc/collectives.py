@@ -4,7 +4,8 @@
 sets built on MPI ranks. The only file importing mpi4py.
 
 What the user can mend is raised by all ranks (`errors.together`); anything unexpected on one MPI rank
-aborts the job, because the others, and even its own MPI_Finalize, would wait for ever.
+aborts the job, because the others, and even its own MPI_Finalize, would wait for ever. A rank that
+dies or hangs alone is named by the others (`heartbeat`).
 """
 
 from __future__ import annotations
@@ -23,11 +24,29 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from dmi_hpc import knobs
 from dmi_hpc.data.build import Alone, Communicator
-from dmi_hpc.errors import DMIError, Interrupted, LaunchError, TrialFailure
-from dmi_hpc.world import World
+from dmi_hpc.errors import (
+    EXIT_USER_ERROR,
+    DMIError,
+    Interrupted,
+    LaunchError,
+    RankLost,
+    TrialFailure,
+    counted,
+)
+from dmi_hpc.heartbeat import Heartbeat, message
+from dmi_hpc.world import World, slurm_address
+
+# What all ranks raise together, or what only concerns them all.
+_ALIKE = (DMIError, TrialFailure, Interrupted)
+# torch's own timeout of a collective, in ours: the heartbeat knows better, and who is missing.
+_BACKSTOP = 10
+
+_heartbeat: Heartbeat | None = None  # of the process group, which is one of the process too
 
 
 def device_of(world: World) -> torch.device:
@@ -52,31 +71,129 @@ def group(world: World, device: torch.device) -> Iterator[None]:
     """A torch process group for the duration of the block; exists for a single rank too.
 
     DeepSpeed wants a group even when alone; a file in a private folder then is the rendezvous.
+    Raises LaunchError if the ranks do not meet, RankLost if one of them dies or hangs; where the main
+    thread cannot be woken for that, the process ends with the same message and exit code.
     """
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=knobs.collective_timeout_s())
+    timeout_s = knobs.collective_timeout_s()
     with TemporaryDirectory(prefix="dmi-rendezvous-") as folder:
         url = f"file://{folder}/store" if world.size == 1 else _rendezvous(world)
-        try:
-            dist.init_process_group(
-                backend,
-                init_method=url,
-                rank=world.rank,
-                world_size=world.size,
-                timeout=timeout,
-                device_id=device if device.type == "cuda" else None,
-            )
-        except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
-            raise LaunchError(
-                f"rank {world.rank} of {world.size} could not join the others at {url}: {error}. "
-                "Check that every rank was started and that the address is reachable."
-            ) from error
+        store = _join(world, device, url, timeout_s)
         mpi = sys.modules.get("mpi4py.MPI")  # there if it made the rendezvous
         try:
-            with nullcontext() if mpi is None else _ending_all(mpi.COMM_WORLD):
+            with (
+                nullcontext() if mpi is None else _ending_all(mpi.COMM_WORLD),
+                nullcontext() if world.size == 1 else _beating(world, store, timeout_s),
+            ):
                 yield
         finally:
             dist.destroy_process_group()
+
+
+def _join(world: World, device: torch.device, url: str, timeout_s: float) -> Any:
+    """Make the default process group; returns its store."""
+    timeout = timedelta(seconds=timeout_s)
+    store: Any = None
+    try:
+        store, _, _ = next(iter(rendezvous(url, world.rank, world.size, timeout=timeout)))
+        store.set_timeout(timeout)
+        store.set(f"joined/{world.rank}", "")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore("group", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, TimeoutError) as error:  # torch's DistError, gloo's own
+        asked = range(world.size) if store is not None else ()
+        absent = [rank for rank in asked if not store.check([f"joined/{rank}"])]
+        raise LaunchError(
+            f"rank {world.rank} of {world.size} could not join the others at {url}: "
+            f"{f'rank {_listed(absent)} did not come' if absent else error}. "
+            "Check that every rank was started and that the address is reachable."
+        ) from error
+    return store
+
+
+def _listed(ranks: list[int]) -> str:
+    """ "1, 2, 3" or "1, 2, 3 and 61 others"."""
+    shown, more = ", ".join(map(str, ranks[:8])), len(ranks) - 8
+    return shown + (f" and {counted(more, 'other')}" if more > 0 else "")
+
+
+@contextmanager
+def _beating(world: World, store: Any, timeout_s: float) -> Iterator[None]:
+    """Heartbeats of this rank, and whoever is missing named, while the block runs."""
+    global _heartbeat
+    dist.distributed_c10d._get_default_group().set_timeout(timedelta(seconds=_BACKSTOP * timeout_s))
+    holder = 0 if isinstance(store, TCPStore) and not _agent_holds_store() else None
+    beat = Heartbeat(
+        PrefixStore("heartbeat", store.clone()),
+        world.rank,
+        world.size,
+        timeout_s,
+        _entered,
+        holder,
+    )
+    beat.start()
+    _heartbeat = beat
+    try:
+        with naming_the_lost():
+            yield
+            dist.barrier()  # nobody leaves, and takes the store along, before all have come so far
+    except _ALIKE as error:
+        beat.leave("done", str(error))
+        raise
+    except BaseException as error:
+        beat.leave("failed", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        _heartbeat = None
+        beat.leave("done")
+
+
+@contextmanager
+def naming_the_lost() -> Iterator[None]:
+    """A collective that broke in the block becomes RankLost, naming who is gone, if that is found."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _heartbeat is None or not _is_broken(error):
+            raise
+        lost = _heartbeat.lost()
+        if not lost:
+            raise
+        raise RankLost(message(dist.get_rank(), lost)) from error
+
+
+def _is_broken(error: RuntimeError) -> bool:
+    """Raised because a connection between ranks broke; gloo has no type of its own for that."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def _entered() -> int:
+    """Collectives this rank has entered over all groups; the same on all ranks at the same place."""
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+    return sum(group._get_sequence_number_for_group() for group in groups)
+
+
+def _agent_holds_store() -> bool:
+    """Torchrun keeps the store in its agent, not in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def at(place: str) -> None:
+    """What this rank is at ("epoch 3, step 120"), for the message if it goes missing. Cheap."""
+    if _heartbeat is not None:
+        _heartbeat.at(place)
+
+
+@contextmanager
+def busy(place: str) -> Iterator[None]:
+    """Something long that the other ranks may wait for, beyond the timeout: a checkpoint, a compile."""
+    with nullcontext() if _heartbeat is None else _heartbeat.busy(place):
+        yield
 
 
 def _rendezvous(world: World) -> str:
@@ -86,11 +203,12 @@ def _rendezvous(world: World) -> str:
         return given
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         return "env://"
+    by_slurm = slurm_address(world, os.environ)
+    if by_slurm:
+        return f"tcp://{by_slurm}"
     if world.source in ("openmpi", "pmi"):
-        from mpi4py import MPI
-
         address = _free_address(world) if world.is_first else ""
-        return str(MPI.COMM_WORLD.bcast(address, root=0))
+        return str(_mpi_comm(world).bcast(address, root=0))
     raise LaunchError(
         f"{world.size} ranks (source: {world.source}) but no MASTER_ADDR and MASTER_PORT: set both "
         "to an address of the first node and a free port there."
@@ -161,7 +279,12 @@ def _ending_all(comm: Any) -> Iterator[None]:
     """Abort the MPI job on an exception that the other ranks cannot know of."""
     try:
         yield
-    except (DMIError, TrialFailure, Interrupted):  # raised by all ranks
+    except RankLost as error:  # MPI_Finalize would wait for the lost one
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        comm.Abort(EXIT_USER_ERROR)
+        raise
+    except _ALIKE:  # raised by all ranks
         raise
     except Exception:
         traceback.print_exc()
@@ -170,12 +293,8 @@ def _ending_all(comm: Any) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def mpi_ranks(world: World) -> Iterator[Communicator]:
-    """The ranks that MPI started, or one alone. Raises LaunchError if MPI sees another size."""
-    if world.size == 1:
-        yield Alone()
-        return
+def _mpi_comm(world: World) -> Any:
+    """MPI's communicator of all ranks. Raises LaunchError if there is none or it has another size."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -190,5 +309,15 @@ def mpi_ranks(world: World) -> Iterator[Communicator]:
             f"{comm.Get_size()}: with srun choose the plugin that fits the MPI library "
             "(srun --mpi=list), or start with mpirun."
         )
+    return comm
+
+
+@contextmanager
+def mpi_ranks(world: World) -> Iterator[Communicator]:
+    """The ranks that MPI started, or one alone. Raises LaunchError if MPI sees another size."""
+    if world.size == 1:
+        yield Alone()
+        return
+    comm = _mpi_comm(world)
     with _ending_all(comm):
         yield _MPIRanks(comm, comm.Get_rank(), comm.Get_size())

@@ -88,26 +88,85 @@ class ModelConfig(Config):
         return self
 
 
+class StartConfig(Config):
+    """Weights to start from: what fits by name and shape is taken over."""
+
+    path: Annotated[Path, AfterValidator(Path.resolve)] = Field(
+        description="run folder, checkpoint folder or exported folder"
+    )
+    rename: Mapping[str, str] = Field({}, description="beginnings of names there = names here")
+    exclude: tuple[str, ...] = Field(
+        (), description="patterns of names that begin anew: a new head"
+    )
+    rescale_head: bool = Field(
+        True, description="fit the last layer to the new target's mean and deviation"
+    )
+
+
 class TrainConfig(Config):
     """One training. A search may vary any of these as a hyper-parameter."""
 
     epochs: int = Field(100, ge=1)
     batch_size: int = Field(32, ge=1, description="global: over all ranks")
-    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
+    accumulation: int = Field(1, ge=1, description="parts that a rank computes its share in")
+    optimizer: Literal["adam", "adamw", "sgd", "lamb", "lars"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
+    reference_batch: int | None = Field(
+        None, ge=1, description="batch size that learning_rate is of; default: batch_size"
+    )
+    batch_scaling: Literal["linear", "sqrt"] = Field(
+        "linear", description="how the rate grows from reference_batch to batch_size"
+    )
     weight_decay: float = Field(0.0, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
-    schedule: Literal["constant", "cosine", "one_cycle"] = "cosine"
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd and lars")
+    schedule: Literal["constant", "cosine", "one_cycle", "step", "plateau"] = "cosine"
     warmup: float = Field(0.1, ge=0, lt=1, description="share of all steps with rising rate")
+    decay: float = Field(0.1, gt=0, lt=1, description="factor of step and plateau")
+    decay_epochs: int = Field(
+        30, ge=1, description="step: between drops; plateau: epochs without a better validation"
+    )
     loss: Literal["mse", "mae", "huber"] = "mse"
     clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 = no clipping")
+    not_finite: Literal["fail", "skip"] = Field(
+        "fail", description="what becomes of a step whose loss or gradient is not finite"
+    )
     augment: bool = Field(True, description="random symmetries of the task in each epoch")
     patience: int | None = Field(None, ge=1, description="epochs without a better validation loss")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
-    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    average: float | None = Field(
+        None, gt=0, lt=1, description="decay of a running mean of the weights, which is then used"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="bf16, fp16: autocast")
+    engine: Literal["auto", "deepspeed", "torch"] = Field(
+        "auto", description="auto: torch where ZeRO is not needed, as it is faster there"
+    )
+    zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto", description="what ranks share of optimiser, gradients, weights; auto: what fits"
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="to the host's memory; all: weights too, stage 3"
+    )
+    deepspeed: Mapping[str, Any] = Field(
+        {}, description="merged into the DeepSpeed configuration that is made"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute activations twice instead of keeping them"
+    )
+    compile: bool = Field(False, description="torch.compile; needs a compiler")
+    reproducible: bool = Field(False, description="deterministic kernels, or an error")
+    freeze: tuple[str, ...] = Field((), description="patterns of weights that stay as they are")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor of the rate from each layer to the one before it"
+    )
+    start: StartConfig | None = Field(None, description="weights to start from")
     threads: int | Literal["auto"] = Field("auto", description="CPU threads of a rank")
     loader_threads: int = Field(2, ge=0, description="that read ahead; 0: the step itself reads")
     keep_checkpoints: int = Field(2, ge=1, description="newest ones kept, besides the best")
+    checkpoint_s: float | None = Field(
+        None, gt=0, description="seconds between checkpoints within an epoch"
+    )
+    time_limit_s: float | None = Field(
+        None, gt=0, description="stop before; a Slurm job's end is known anyway"
+    )
 
     def threads_of_rank(self, local_size: int) -> int:
         """CPU threads of one of `local_size` ranks: as said, or OMP_NUM_THREADS, or its share."""
@@ -149,7 +208,10 @@ class LaunchConfig(Config):
 # With what, and how far, a run is computed, not what: it may go on with other values of these.
 RESOURCES: Final[Mapping[str, set[str]]] = {
     "data": {"processes", "backend"},
-    "train": {"threads", "loader_threads", "keep_checkpoints"},
+    "train": {
+        *("threads", "loader_threads", "keep_checkpoints", "checkpoint_s", "time_limit_s"),
+        *("engine", "zero_stage", "offload", "deepspeed", "activation_checkpointing", "compile"),
+    },
     "search": {"workers", "time_limit_s", "evaluations", "trial_memory_GB"},
     "launch": {"ranks"},
 }

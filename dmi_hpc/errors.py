@@ -3,6 +3,9 @@
 ``DMIError`` (a ``ValueError``) is for the user: its message says what was found, what was expected
 and what to do; the command line prints it without a traceback and exits with ``EXIT_USER_ERROR``.
 ``TrialFailure`` is for the search: a typed reason why one network got no fitness; never fatal.
+
+Exit codes of every command: 0 done; 1 the training failed (``TrialFailure``) or a traceback; 2 the
+user can mend it (``DMIError``; also a lost rank); 75 interrupted: state is saved, requeue it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from typing import Literal
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
-# EX_TEMPFAIL of sysexits.h: state is saved, the same command with --resume continues.
+# EX_TEMPFAIL of sysexits.h: state is saved, the same command with --resume continues. What a batch
+# script tests to requeue its job.
 EXIT_INTERRUPTED = 75
 
 FailureKind = Literal["invalid", "memory", "nan", "timeout", "exception", "lost"]
@@ -53,6 +57,10 @@ class CheckpointError(DMIError):
 
 class LaunchError(DMIError):
     """The ranks of a job contradict each other or cannot be started."""
+
+
+class RankLost(LaunchError):
+    """Another rank died, hangs, or left alone; names it. The last checkpoint is whole."""
 
 
 class Interrupted(Exception):

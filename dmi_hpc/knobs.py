@@ -20,7 +20,8 @@ RENDEZVOUS = "DMI_RENDEZVOUS"
 # another world refuses to run, and leaves the word on how to continue to its launcher.
 LAUNCHED = "DMI_LAUNCHED"
 
-# Seconds a collective may wait for a missing rank before it fails.
+# Seconds a collective may wait for a missing rank before the job ends with an error that names it.
+# Longer than the ranks ever differ: in a first compile, or in user code.
 COLLECTIVE_TIMEOUT_S = "DMI_COLLECTIVE_TIMEOUT_S"
 
 # Folders of node-local storage, joined by ":", where staged copies of shard sets are looked for.

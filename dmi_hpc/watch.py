@@ -4,17 +4,21 @@ and signals turned into an orderly end.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import psutil
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,11 +28,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dmi_hpc.deadline import Deadline
 from dmi_hpc.errors import DMIError
-from dmi_hpc.files import append_json_line, writing
+from dmi_hpc.files import read_json_lines
+from dmi_hpc.meters import Gauge, Reading, Step, matmul_peak
+from dmi_hpc.models.cost import training_flops
+from dmi_hpc.records import Records
+from dmi_hpc.screen import Screen, pieces, rate_pieces
 
 if TYPE_CHECKING:
-    from dmi_hpc.train import Epoch
+    from dmi_hpc.job import Epoch, Job
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -94,59 +103,161 @@ def stop_on_signals() -> Iterator[StopFlag]:
             signal.signal(number, handler)
 
 
-_WAITING = 0.05  # share of the time above which a user should hear of it
+_REFRESH_PER_S = 2  # of the display, by a thread of rich's
+_LINE_S = 30.0  # between plain lines, at least; up to _LINE_SLOWEST_S in a training of hours
+_LINE_SLOWEST_S = 600.0
+_LINES = 10  # of epochs, however short the training
+_RECORD_S = (1.0, 10.0)  # between records of steps: at the beginning, and after 1,000 s
+_RECORDED = (
+    "learning_rate",
+    "gradient_norm",
+    "samples_per_s",
+    "data_wait",
+    "flops",
+    "mfu",
+    "noise_scale",
+)
+_PLOTTED = (
+    "train_loss",
+    "validation_mae",
+    "validation_rmse",
+    "learning_rate",
+    "samples_per_s",
+    "data_wait",
+)
 
 
 class TrainingWatch:
-    """Observer of one training: rank 0 shows and writes, every rank heeds the stop flag."""
+    """Observer of one training: rank 0 shows and records, every rank heeds the stop flag.
 
-    def __init__(self, folder: Path, epochs: int, unit: str, stop: StopFlag, first: bool) -> None:
-        self._metrics = folder / "metrics.jsonl"
-        self._unit, self._stop, self._first, self._epochs = unit, stop, first, epochs
-        self._best = float("inf")
+    A step costs some microseconds: the device is asked for its numbers twice a second at most.
+    """
+
+    def __init__(self, job: Job, folder: Path, deadline: Deadline) -> None:
+        """folder: ``RUN/train``."""
+        self._job, self._deadline, self._first = job, deadline, job.world.is_first
+        self._unit = job.problem.task.quantity.unit
         self._out = console()
-        self._bar = progress_bar(self._out)
+        self._live = self._out.is_interactive
+        self._records = Records(folder, self._say)
+        self._screen = Screen(job.config.epochs)
+        self._best = math.inf
+        # when there is to be another reading, record, plain line, and plain line of an epoch
+        self._due = self._due_record = self._due_line = self._due_epoch_line = 0.0
+        self._skipped = 0
 
     @contextmanager
-    def shown(self, tensorboard: Path) -> Iterator[TrainingWatch]:
+    def shown(self) -> Iterator[TrainingWatch]:
+        """Show and record while the block runs. Raises RunError if the folder cannot be written,
+        DMIError if MLflow is wanted and cannot be had."""
         if not self._first:
             yield self
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(tensorboard))
-        with self._bar:
-            self._line = self._bar.add_task("training", total=self._epochs, note="")
-            try:
+        job = self._job
+        peak = matmul_peak(job.device, job.config.precision) * job.world.size
+        self._gauge = Gauge(job.config.epochs, training_flops(job.network), peak)
+        told = read_json_lines(self._records.path)  # of the part before it was interrupted
+        self._best = min(
+            (line["validation_mae"] for line in told if line.get("kind") == "epoch"),
+            default=math.inf,
+        )
+        live = Live(self._screen, console=self._out, refresh_per_second=_REFRESH_PER_S)
+        with self._records.open(job.config.model_dump(mode="json")):
+            self.on_event("peak", {"flops": peak})
+            self._started = time.perf_counter()
+            self._due_line = self._due_epoch_line = self._started + _LINE_S
+            with _drawn(live) if self._live else nullcontext():
                 yield self
-            finally:
-                self._writer.close()
 
-    def on_step(self, epoch: int, step: int, steps_per_epoch: int) -> None:
-        if self._first and self._out.is_terminal:
-            self._bar.update(self._line, completed=epoch + step / steps_per_epoch)
+    def on_step(self, step: Step) -> None:
+        if not self._first:
+            return
+        now = time.perf_counter()
+        self._gauge.add(step, now)
+        if now >= self._due:
+            self._read(now)
+
+    def _read(self, now: float) -> None:
+        reading = self._gauge.read()
+        if self._screen.reading is None:
+            since = time.time() - psutil.Process().create_time()
+            self._records.event("first_step", {"since_start_s": round(since, 2)})
+        self._screen.reading = reading
+        if reading.skipped > self._skipped:
+            steps, self._skipped = reading.skipped - self._skipped, reading.skipped
+            self._records.event("skipped", {"step": reading.total_step, "steps": steps})
+        if now >= self._due_record:
+            slowly = (now - self._started) / 100
+            self._due_record = now + min(max(slowly, _RECORD_S[0]), _RECORD_S[1])
+            self._record(reading)
+        if now >= self._due_line and not self._live:
+            self._due_line = now + self._pause(now)
+            where = f"step {reading.step:,}/{reading.steps_per_epoch:,}"
+            self._say("  ".join([self._epoch(reading.epoch), where, *pieces(reading)]))
+        soon = now + 1 / _REFRESH_PER_S
+        self._due = soon if self._live else min(self._due_record, self._due_line)
+
+    def _record(self, reading: Reading) -> None:
+        values = {name: getattr(reading, name) for name in _RECORDED}
+        self._records.step(
+            reading.epoch, reading.total_step, {"loss": self._gauge.take_loss(), **values}
+        )
 
     def on_epoch(self, epoch: Epoch) -> None:
         if not self._first:
             return
+        now, epochs = time.perf_counter(), self._job.config.epochs
         self._best = min(self._best, epoch.validation_mae)
         record = asdict(epoch)
-        with writing(self._metrics.parent):
-            append_json_line(self._metrics, {"kind": "epoch", **record})
-        for name in ("train_loss", "validation_mae", "validation_rmse", "learning_rate"):
-            self._writer.add_scalar(name, record[name], epoch.step)
-        note = (
-            f"validation MAE {epoch.validation_mae:.4g} {self._unit} (best {self._best:.4g})"
-            f"  {epoch.samples_per_s:,.0f} samples/s"
+        self._records.epoch(record, {name: record[name] for name in _PLOTTED})
+        scores = (
+            f"validation MAE {epoch.validation_mae:.4g} {self._unit} (best {self._best:.4g})",
+            f"training loss {epoch.train_loss:.4g}",
         )
-        if epoch.data_wait > _WAITING:
-            note += f"  waiting for data {epoch.data_wait:.0%} of the time"
-        self._bar.update(self._line, completed=epoch.epoch + 1, note=note)
-        if not self._out.is_terminal and (epoch.epoch + 1) % max(1, self._epochs // 10) == 0:
-            self._out.print(f"epoch {epoch.epoch + 1}/{self._epochs}  {note}")
+        self._screen.scores = scores
+        often = (epoch.epoch + 1) % math.ceil(epochs / _LINES) == 0 or epoch.epoch + 1 == epochs
+        if not self._live and (often or now >= self._due_epoch_line):
+            self._due_epoch_line = now + self._pause(now)
+            self._due_line = max(self._due_line, now + _LINE_S)
+            rates = rate_pieces(epoch.samples_per_s, epoch.data_wait)
+            self._say("  ".join([self._epoch(epoch.epoch), *scores, *rates]))
+        if self._screen.reading is not None:
+            self._read(now)  # the epoch's last steps
 
-    def should_stop(self) -> bool:
-        return bool(self._stop)
+    def on_event(self, event: str, values: Mapping[str, Any]) -> None:
+        """Record what happened, by rank 0. values: JSON; a "message" among them is said, too."""
+        if not self._first:
+            return
+        if event == "checkpoint":
+            self._deadline.wrote(values["seconds"])
+        self._records.event(event, values)
+        if "message" in values:
+            self._say(values["message"])
+
+    def must_stop(self) -> str | None:
+        return self._deadline.must_stop(time.time())
+
+    def _epoch(self, epoch: int) -> str:
+        return f"epoch {epoch + 1}/{self._job.config.epochs}"
+
+    def _pause(self, now: float) -> float:
+        """Seconds to the next plain line: a log of a day should still be read by a person."""
+        return min(max(_LINE_S, (now - self._started) / 20), _LINE_SLOWEST_S)
+
+    def _say(self, text: str) -> None:
+        with suppress(OSError):  # nobody listens any more: no reason to end a training
+            self._out.print(text, markup=False)
+
+
+@contextmanager
+def _drawn(live: Live) -> Iterator[None]:
+    """Show `live` while the block runs. A terminal that is closed meanwhile takes nothing with it."""
+    live.start()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            live.stop()
 
 
 def say(text: str) -> None:

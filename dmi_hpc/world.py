@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -72,6 +73,8 @@ _VARIABLES: dict[Source, tuple[str, str, Names, Names]] = {
 def detect(env: Mapping[str, str] | None = None) -> World:
     """World of this process from torchrun, Open MPI, PMI (MPICH, PALS) or Slurm variables.
 
+    A Ray actor, or any other starter, sets torchrun's.
+
     Raises LaunchError if the variables contradict each other, if Slurm started several tasks and this
     process would silently be a world of its own, or if dmi launch meant another number of ranks.
     """
@@ -85,6 +88,12 @@ def detect(env: Mapping[str, str] | None = None) -> World:
             f"Slurm runs {tasks} tasks here but this process finds itself alone "
             f"(source: {world.source}): {tasks} independent jobs would overwrite each other. "
             f"Start with 'srun --mpi=none dmi ...', or set {knobs.WORLD}=single if one is meant."
+        )
+    if world.size == 1 and world.source == "single" and "PMIX_RANK" in env and not single:
+        raise LaunchError(
+            f"PMIx says that this is rank {env['PMIX_RANK']} of a job, but not of how many: it may "
+            "be alone or overwrite the others. Start with mpirun or srun, or set RANK and WORLD_SIZE "
+            f"for each rank, or {knobs.WORLD}=single if one is meant."
         )
     meant = _number(env, (knobs.LAUNCHED,), world.size)
     if meant != world.size:
@@ -100,6 +109,34 @@ def _in_slurm_step(env: Mapping[str, str]) -> bool:
     """True in a task of srun; false in the batch shell (its step id is a special large number)."""
     step = env.get("SLURM_STEP_ID", "")
     return step.isdigit() and int(step) < 0xFFFF0000
+
+
+def slurm_address(world: World, env: Mapping[str, str]) -> str | None:
+    """host:port where the ranks can meet if they are the tasks of one srun; else None.
+
+    Nothing is exchanged: the host is the step's first, where Slurm's usual distributions put rank 0;
+    the port is a number made of the ids of job and step, so that two steps on a node differ.
+    """
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    first = _first_host(nodes)
+    # mpirun starts its own helpers by srun: their tasks are not the ranks
+    tasks = (_number(env, ("SLURM_PROCID",), -1), _number(env, ("SLURM_NTASKS",), 0))
+    own = world.source in ("slurm", "pmi") and tasks == (world.rank, world.size)
+    if not own or not _in_slurm_step(env) or first is None:
+        return None
+    step = f"{env.get('SLURM_JOB_ID', '')}.{env['SLURM_STEP_ID']}"
+    port = _PORTS.start + zlib.crc32(step.encode()) % len(_PORTS)
+    return f"{'127.0.0.1' if env.get('SLURM_STEP_NUM_NODES') == '1' else first}:{port}"
+
+
+_PORTS = range(20_000, 30_000)  # below those that Linux gives to outgoing connections
+
+
+def _first_host(nodes: str) -> str | None:
+    """First of a list of Slurm's, such as ``gpu[003-005,9]-ib,login1``."""
+    found = re.match(r"([^,\[\]]*)(?:\[(\w+)[^\]]*\]([^,\[\]]*))?", nodes)
+    host = "".join(part or "" for part in found.groups()) if found else ""
+    return host or None
 
 
 def _read(env: Mapping[str, str], source: Source) -> World | None:

@@ -19,11 +19,13 @@ import torch
 
 from dmi_hpc.config import Recipe, TrainConfig, with_train
 from dmi_hpc.errors import FailureKind, NetworkError, TrialFailure
+from dmi_hpc.job import Epoch, Job
+from dmi_hpc.meters import Step
 from dmi_hpc.models.cost import require_fit
 from dmi_hpc.models.space import SearchSpace
 from dmi_hpc.problem import Problem
 from dmi_hpc.tasks import make_task
-from dmi_hpc.train import Epoch, Job, fit
+from dmi_hpc.train import fit
 from search.evolve import Failure, Outcome, Success
 from search.genome import Genome, decode, from_json
 
@@ -54,16 +56,19 @@ class Deadline:
     def __init__(self, limit_s: float | None) -> None:
         self._limit_s, self._started = limit_s, time.monotonic()
 
-    def on_step(self, epoch: int, step: int, steps_per_epoch: int) -> None:
+    def on_step(self, step: Step) -> None:
         return None
 
     def on_epoch(self, epoch: Epoch) -> None:
         return None
 
-    def should_stop(self) -> bool:
+    def on_event(self, event: str, values: Mapping[str, Any]) -> None:
+        return None
+
+    def must_stop(self) -> str | None:
         if self._limit_s is not None and time.monotonic() - self._started > self._limit_s:
             raise TrialFailure("timeout", f"not finished after {self._limit_s:g} s")
-        return False
+        return None
 
 
 @contextmanager
@@ -155,7 +160,11 @@ class Evaluator:
 def trial_config(recipe: Recipe, genome: Genome) -> TrainConfig:
     """[train] of a trial: the recipe's, then search.train, then the genome's hyper-parameters."""
     changes = {
-        "engine": "torch",  # one rank: nothing to reduce
+        # one rank: nothing to reduce or to share
+        "engine": "torch",
+        "zero_stage": "auto",
+        "offload": "none",
+        "deepspeed": {},
         "threads": recipe.search.trial_threads,
         "epochs": recipe.search.epochs,
         **recipe.search.train,

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "search": ("search.cli", "asynchronous genetic search for the best network"),
     "evaluate": ("dmi_hpc.cli.evaluate", "score a trained network next to the baselines"),
     "predict": ("dmi_hpc.cli.predict", "predict a user's inputs with a trained network"),
+    "export": ("dmi_hpc.cli.export", "a trained network for other programs: ONNX, torch.export"),
     "report": ("dmi_hpc.cli.report", "one self-contained HTML file of a run"),
     "launch": ("launch.cli", "start any of these, or all, on this machine"),
     "info": ("dmi_hpc.cli.info", "versions, hardware, ranks; or the state of a run"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -11,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from dmi_hpc.cli.options import Out, RecipeFile, Resume, new_app, run_of
 from dmi_hpc.config import RESOURCES, TrainConfig, with_train
+from dmi_hpc.deadline import Deadline, end_of
 from dmi_hpc.errors import DataError, Interrupted, RunError, TrialFailure, together
 from dmi_hpc.files import exclusive, remove_stale, write_json, writing
 from dmi_hpc.models.spec import NetworkSpec
+from dmi_hpc.records import rank_log
 from dmi_hpc.run import Run, network_to_train, record_command
 from dmi_hpc.watch import TrainingWatch, console, say, stop_on_signals
 
 if TYPE_CHECKING:
+    from dmi_hpc.job import Job, Result
     from dmi_hpc.problem import Problem
     from dmi_hpc.tasks.base import Task
-    from dmi_hpc.train import Job, Result
 
 app = new_app()
 
@@ -35,8 +39,8 @@ def train(recipe: RecipeFile, out: Out = None, resume: Resume = False) -> None:
     import torch
 
     from dmi_hpc import collectives
+    from dmi_hpc.job import Job
     from dmi_hpc.problem import Problem
-    from dmi_hpc.train import Job
     from dmi_hpc.world import detect
 
     world = detect()
@@ -56,6 +60,7 @@ def train(recipe: RecipeFile, out: Out = None, resume: Resume = False) -> None:
             return
         with together(share):
             plan = plan or plan_of(run_of(recipe, out))
+            held.enter_context(rank_log(plan.run.folder, world))
             torch.set_num_threads(plan.config.threads_of_rank(world.ranks_on_cores))
             problem = Problem.open(
                 plan.task,
@@ -68,12 +73,20 @@ def train(recipe: RecipeFile, out: Out = None, resume: Resume = False) -> None:
         if world.is_first:
             console().print(f"reading {reading_of(problem)}", highlight=False)
         job = Job(
-            problem, plan.network, plan.config, run.recipe.seed, world, device, run.checkpoints
+            problem,
+            plan.network,
+            plan.config,
+            run.recipe.seed,
+            world,
+            device,
+            run.checkpoints,
+            run.recipe.fingerprint(),
         )
         with _state_on_disk(run.train / "status.json", world.is_first):
             result = _fit(job, run, resume)
             if world.is_first:
-                _finish(job, run, result)
+                with collectives.busy("the end"):  # the others wait to leave together
+                    _finish(job, run, result)
 
 
 @dataclass(frozen=True)
@@ -178,13 +191,16 @@ def _state_on_disk(status_file: Path, first: bool) -> Iterator[None]:
 
 
 def _fit(job: Job, run: Run, resume: bool) -> Result:
+    from dmi_hpc import collectives
     from dmi_hpc.train import fit
 
-    with stop_on_signals() as stop:
-        unit, first = job.problem.task.quantity.unit, job.world.is_first
-        watch = TrainingWatch(run.train, job.config.epochs, unit, stop, first)
-        with watch.shown(run.train / "tensorboard"):
-            return fit(job, watch, resume=resume, warn=console().print)
+    # a launcher ends survivors of a lost rank by signal: they must have named it before
+    with stop_on_signals() as stop, collectives.naming_the_lost(), ExitStack() as held:
+        end = end_of(os.environ, job.config.time_limit_s, time.time())
+        with together(collectives.gather_objects):  # a disk or a server may refuse rank 0
+            watching = TrainingWatch(job, run.train, Deadline(stop, end))
+            watch = held.enter_context(watching.shown())
+        return fit(job, watch, resume=resume, warn=console().print)
 
 
 def _finish(job: Job, run: Run, result: Result) -> None:

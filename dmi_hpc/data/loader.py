@@ -130,6 +130,10 @@ class Loader(Generic[T]):
         """Batches from a position of an epoch to its end."""
         return self.batches.steps(start)
 
+    def rows_of(self, epoch: int, position: int) -> Ids:
+        """Rows of the set that this rank's share of the batch at a position has, padding too."""
+        return self._group(epoch, position, 0, 1)[0].rows
+
     def continue_with(self, order: Order, position: int) -> None:
         """Take over the order of an interrupted run, which other storage or memory may not suggest.
 

@@ -48,6 +48,20 @@ def cost(spec: NetworkSpec) -> Cost:
     return Cost(parameters + head + spec.outputs, flops + 2 * head, activations)
 
 
+def training_flops(spec: NetworkSpec) -> int:
+    """FLOPs of one sample, forward and backward: each product of the forward pass comes back as two.
+
+    Nobody asks for the gradient by the network's inputs: the first layer with weights has one less.
+    Work done twice to save memory (activation checkpointing) does not count.
+    """
+    before, first = spec.input_shape, 0
+    for layer, after in zip(spec.layers, shapes(spec), strict=True):
+        first = first or 2 * layer_weights(layer, before, after)[1]
+        before = after
+    first = first or 2 * prod(before) * spec.outputs
+    return 3 * cost(spec).flops - first
+
+
 def layer_weights(layer: Layer, before: Shape, after: Shape) -> tuple[int, int]:
     """(parameters, multiply-adds of one sample) of one layer."""
     match layer:

@@ -14,6 +14,7 @@ from runner import (
     dmi,
     ended,
     environment,
+    epochs_told,
     family,
     start,
     toy_recipe,
@@ -132,12 +133,12 @@ def test_four_ranks_see_what_one_sees_and_a_killed_job_of_two_continues_on_three
 
 def epochs_of(run):
     """(train loss, validation error) by epoch; one that was told twice counts as told last."""
-    lines = read_json_lines(run / "train" / "metrics.jsonl")
-    return {line["epoch"]: (line["train_loss"], line["validation_mae"]) for line in lines}
+    told = epochs_told(run)
+    return {line["epoch"]: (line["train_loss"], line["validation_mae"]) for line in told}
 
 
 def told(run):
-    return len(read_json_lines(run / "train" / "metrics.jsonl"))
+    return len(epochs_told(run))
 
 
 def test_a_training_killed_on_two_ranks_in_mid_epoch_continues_on_one(tmp_path):

@@ -14,14 +14,13 @@ from runner import (
     dmi,
     ended,
     environment,
+    epochs_told,
     family,
     start,
     toy_data,
     toy_recipe,
     wait_for,
 )
-
-from dmi_hpc.files import read_json_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # several trainings in a row
 
@@ -45,13 +44,13 @@ def status(run):
 
 def losses(run):
     """By epoch; killed before its checkpoint, an epoch is told once more: the last one counts."""
-    lines = {line["epoch"]: line for line in read_json_lines(run / "train" / "metrics.jsonl")}
+    lines = {line["epoch"]: line for line in epochs_told(run)}
     assert sorted(lines) == list(range(6))
     return [x for e in range(6) for x in (lines[e]["train_loss"], lines[e]["validation_mae"])]
 
 
 def epochs(run):
-    return len(read_json_lines(run / "train" / "metrics.jsonl"))
+    return len(epochs_told(run))
 
 
 def test_two_ranks_and_both_engines_give_the_same_losses(data, whole, tmp_path):
@@ -142,7 +141,7 @@ def _rank(process: psutil.Process) -> str:
 def test_a_loss_that_is_not_finite_is_a_typed_failure(data, tmp_path):
     recipe = toy_recipe(tmp_path / "toy.toml", data, 'fault = "nan"')
     done = dmi("train", recipe, "--out", tmp_path / "run", cwd=tmp_path, code=1)
-    assert "\nfailed (nan): loss is nan at epoch 0" in done.stderr
+    assert "\nfailed (nan): loss or gradient is not finite at epoch 0 step 0, rank 0" in done.stderr
     assert "Traceback" not in done.stderr
     state = status(tmp_path / "run")
     assert (state["state"], state["failure"]) == ("failed", "nan")

@@ -51,7 +51,8 @@ def by_engine(engine, optimizer, clip_norm):
     )
     made = make_engine(network(), config, World())
     for inputs in batches():
-        made.update(loss_of(made(inputs), inputs))
+        made.backward(loss_of(made(inputs), inputs), last=True)
+        made.update()
     made.close()
     return weights(made.module)
 

@@ -13,6 +13,7 @@ import psutil
 
 from dmi_hpc.config import DataConfig
 from dmi_hpc.data.build import Alone
+from dmi_hpc.files import read_json_lines
 from dmi_hpc.tasks import make_task
 from dmi_hpc.tasks.base import BuildContext
 
@@ -59,6 +60,12 @@ def toy_data(target: Path) -> Path:
     context = BuildContext(DataConfig(rows_per_shard=64), 3, Alone(), 1, lambda rows: None)
     make_task({"name": "toy_task:Toy"}).build_data(target, context)
     return target
+
+
+def epochs_told(run: Path) -> list[dict]:
+    """Records of finished epochs of the training in a run folder, as they were told."""
+    lines = read_json_lines(run / "train" / "metrics.jsonl")
+    return [line for line in lines if line["kind"] == "epoch"]
 
 
 def command(*arguments: object) -> list[str]:

@@ -1,23 +1,23 @@
 """A trained run and its data belong together: evaluation, its files, refusals; empty splits."""
 
+import collections
 import json
 import math
 import shutil
 
 import numpy as np
 import pytest
-from runner import toy_data
+from runner import start, toy_data
 
 from dmi_hpc import assess as module
 from dmi_hpc import knobs
-from dmi_hpc.assess import assess, batch_size_of, load_model
+from dmi_hpc.assess import assess
 from dmi_hpc.config import DataConfig, Recipe, TrainConfig
 from dmi_hpc.data.build import Alone
 from dmi_hpc.data.manifest import read_manifest
 from dmi_hpc.errors import DataError, LaunchError
 from dmi_hpc.evaluate import score
-from dmi_hpc.models.cost import BYTES, cost
-from dmi_hpc.problem import Problem
+from dmi_hpc.problem import Problem, TargetScale
 from dmi_hpc.report import write_report
 from dmi_hpc.run import Run, open_run
 from dmi_hpc.tasks import make_task
@@ -28,14 +28,17 @@ CONFIG = TrainConfig(epochs=2, batch_size=20, learning_rate=1e-2, engine="torch"
 
 
 class Silent:
-    def on_step(self, epoch, step, steps_per_epoch):
+    def on_step(self, step):
         pass
 
     def on_epoch(self, epoch):
         pass
 
-    def should_stop(self):
-        return False
+    def on_event(self, event, values):
+        pass
+
+    def must_stop(self):
+        return None
 
 
 def build(target, seed=3, **config):
@@ -116,27 +119,86 @@ def test_other_splits_leave_the_test_evaluation_alone(run, monkeypatch):
 
 def test_a_quantity_that_is_zero_has_no_percent(run, monkeypatch):
     assert score(np.ones(3), np.zeros(3)).mae_percent is None
-    monkeypatch.setattr(Problem, "target", lambda self, fields: np.zeros(len(fields["x"])))
+    monkeypatch.setattr(Problem, "target", lambda self, fields: np.zeros(len(fields["y"])))
     evaluation = assess(run, "test")
     assert all(method["mae_percent"] is None for method in evaluation["methods"])
     assert write_report(run.folder).exists()
 
 
 def test_predictions_that_are_not_finite_are_refused(run, monkeypatch):
-    monkeypatch.setattr(
-        module.Model, "predict", lambda self, fields: np.full(len(fields["x"]), math.nan)
-    )
+    monkeypatch.setattr(TargetScale, "unscale", lambda self, output: np.full(len(output), math.nan))
     with pytest.raises(DataError, match=r"network: \d+ of \d+ predictions are not finite"):
         assess(run, "test")
 
 
-def test_batches_of_predictions_are_bounded_in_bytes(run):
-    large = make_task({"name": "homogenization", "voxels": 51}).published_network()
-    rows = batch_size_of(large)
-    assert (
-        rows * BYTES * cost(large).activations <= 1e9 < (rows + 1) * BYTES * cost(large).activations
+def files_of(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_network_alone_needs_no_rows_in_memory(run, monkeypatch):
+    both = assess(run, "test")
+    written = (run.folder / "predictions.csv").read_text().splitlines()
+    free = collections.namedtuple("Memory", "available")(1000)
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: free)
+    with pytest.raises(DataError, match=r"baselines need \d+ rows in memory.*--network-only"):
+        assess(run, "test")
+    alone = assess(run, "test", network_only=True)
+    assert [method["name"] for method in alone["methods"]] == ["network"]
+    kept = ("mae", "rmse", "r2", "mae_percent")
+    for key in kept:
+        assert alone["methods"][0][key] == both["methods"][0][key]
+    header, *lines = (run.folder / "predictions.csv").read_text().splitlines()
+    assert header == "row,label,truth,network"
+    assert lines == [line.rpartition(",")[0] for line in written[1:]]
+
+
+def evaluate_on_ranks(run, size):
+    """(ended processes, what each wrote to stdout and stderr)"""
+    ranks = [
+        start(
+            *("evaluate", run.folder),
+            cwd=run.folder,
+            RANK=str(rank),
+            WORLD_SIZE=str(size),
+            DMI_RENDEZVOUS=f"file://{run.folder.parent}/store",
+        )
+        for rank in range(size)
+    ]
+    try:
+        return ranks, [rank.communicate(timeout=100) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.mark.slow
+def test_ranks_write_what_one_process_writes(run):
+    """Three ranks for 3 rows of a batch and more: predictions in order, files by rank 0 alone."""
+    expected = assess(run, "test")
+    table = (run.folder / "predictions.csv").read_text()
+    before = files_of(run.folder)
+    (run.folder / "predictions.csv").unlink()
+    ranks, told = evaluate_on_ranks(run, 3)
+    assert [rank.returncode for rank in ranks] == [0, 0, 0], told
+    assert [bool(out) for out, _ in told] == [True, False, False]
+    found = json.loads((run.folder / "evaluation.json").read_text())
+    for one, other in zip(expected["methods"], found["methods"], strict=True):
+        assert one["name"] == other["name"]
+        for key in ("mae", "rmse", "r2", "mae_percent"):
+            assert one[key] == pytest.approx(other[key], rel=1e-5)
+    again = (run.folder / "predictions.csv").read_text()
+    assert np.loadtxt(again.splitlines()[1:], delimiter=",") == pytest.approx(
+        np.loadtxt(table.splitlines()[1:], delimiter=","), rel=1e-5
     )
-    assert load_model(run).batch_size > 10_000
+    assert files_of(run.folder) == before
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_all(run):
+    swap(run)
+    ranks, told = evaluate_on_ranks(run, 2)
+    assert [rank.returncode for rank in ranks] == [2, 2], told
+    assert all("made from data set" in err for _, err in told)
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dmi_hpc import collectives
-from dmi_hpc.errors import DataError, DMIError, Interrupted, LaunchError, together
+from dmi_hpc.errors import DataError, DMIError, Interrupted, LaunchError, RankLost, together
 from dmi_hpc.watch import stop_on_signals
 from dmi_hpc.world import World
 
@@ -54,7 +54,8 @@ def test_without_a_failure_all_go_on():
 
 
 @pytest.mark.parametrize(
-    ("error", "aborts"), [(DataError("x"), []), (Interrupted("x"), []), (KeyError("x"), [1])]
+    ("error", "aborts"),
+    [(DataError("x"), []), (Interrupted("x"), []), (KeyError("x"), [1]), (RankLost("x"), [2])],
 )
 def test_what_no_other_rank_can_know_of_aborts_the_mpi_job(error, aborts):
     called = []

@@ -39,7 +39,7 @@ def test_the_same_genome_has_the_same_fitness(data, tmp_path):
     ("task", "search", "kind", "said"),
     [
         ('fault = "exception"', "", "exception", "ZeroDivisionError: the user's own bug"),
-        ('fault = "nan"', "", "nan", "loss is nan"),
+        ('fault = "nan"', "", "nan", "not finite at epoch 0 step 0"),
         ('fault = "slow"', "trial_time_limit_s = 0.02", "timeout", "not finished after 0.02 s"),
     ],
 )

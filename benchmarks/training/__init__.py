@@ -1,0 +1,1 @@
+"""Parts of benchmarks/trainer.py and benchmarks/gpu.py."""
