@@ -165,6 +165,9 @@ def trial_config(recipe: Recipe, genome: Genome) -> TrainConfig:
         "zero_stage": "auto",
         "offload": "none",
         "deepspeed": {},
+        # every network is another one: nothing of another training fits
+        "start": None,
+        "freeze": (),
         "threads": recipe.search.trial_threads,
         "epochs": recipe.search.epochs,
         **recipe.search.train,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from dmi_hpc import __version__, knobs
@@ -84,5 +85,6 @@ def main() -> None:
         sys.stderr.write(f"failed ({failure.kind}): {failure.message}\n{failure.traceback}")
         sys.exit(1)
     except Interrupted as stop:
-        sys.stderr.write(f"interrupted: {stop}{knobs.resume_hint()}\n")
+        with suppress(OSError):  # a closed terminal changes nothing: state is saved
+            sys.stderr.write(f"interrupted: {stop}{knobs.resume_hint()}\n")
         sys.exit(EXIT_INTERRUPTED)

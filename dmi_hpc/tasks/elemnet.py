@@ -75,6 +75,7 @@ class ElemNet(Task):
         )
 
     def inputs(self, fields: Fields) -> Array:
+        """(n, 86) float32: share of atoms of each element, in the order of `dmi_hpc.data.elements`."""
         return np.asarray(fields["fractions"], dtype=np.float32)
 
     def in_training(self, target: Array) -> Array:

@@ -134,7 +134,7 @@ def test_founders_take_open_hyper_parameters_from_the_recipe(recipe):
     expected = {"batch_size": 20, "learning_rate": 1e-2}
     assert founder_defaults(space, recipe.train) == expected
     odd = space.model_copy(update={"hyper": {"warp": space.hyper["learning_rate"]}})
-    with pytest.raises(RunError, match=r"varies warp, .*valid names: augment, batch_size"):
+    with pytest.raises(RunError, match=r"varies warp, .*valid names: accumulation, .*batch_size"):
         founder_defaults(odd, recipe.train)
 
 
