@@ -257,8 +257,9 @@ class _Training:
         self.saver.copied()
         update = self.engine.update()
         if update.skipped:
-            if self.config.not_finite == "fail" and self.config.precision != "fp16":
-                self._recent.append(torch.full_like(summed, math.nan))
+            # ZeRO skips by itself; a step that may be skipped still counts, or `_fail` would miscount
+            fatal = self.config.not_finite == "fail" and self.config.precision != "fp16"
+            self._recent.append(torch.full_like(summed, math.nan if fatal else 0.0))
             self.counters.skipped += 1
             self.counters.skipped_rows += real
             return summed, update.norm, True
