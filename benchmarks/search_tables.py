@@ -23,6 +23,7 @@ import numpy as np
 from dmi_hpc.models.space import Choice, NetworkSpace, SearchSpace
 from search.evolve import Evolution, EvolutionConfig, Failure, Outcome, Success
 from search.genome import Genome
+from search.networks import Networks
 from search.simulate import simulate
 
 BUDGETS = (50, 100, 200)
@@ -70,7 +71,7 @@ def read_table(path: Path) -> Table:
 
 def regrets(table: Table, arm: str, workers: int, seed: int) -> list[float]:
     """Regret of one search at each of BUDGETS."""
-    evolution = Evolution(table.space, EvolutionConfig(seed=seed, **ARMS[arm]))
+    evolution = Evolution(Networks(table.space), EvolutionConfig(seed=seed, **ARMS[arm]))
     evaluate: Callable = partial(table.evaluate, np.random.default_rng(seed))
     best = simulate(evolution, evaluate, workers, max(BUDGETS)).best
     return [table.regret(best[budget - 1]) for budget in BUDGETS]

@@ -132,10 +132,16 @@ class TrainConfig(Config):
     )
     augment: bool = Field(True, description="random symmetries of the task in each epoch")
     patience: int | None = Field(None, ge=1, description="epochs without a better validation loss")
+    noise_scale: bool = Field(
+        False, description="measure the gradient noise scale; ranks or accumulation above 1"
+    )
     average: float | None = Field(
         None, gt=0, lt=1, description="decay of a running mean of the weights, which is then used"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="bf16, fp16: autocast")
+    device: Literal["auto", "cuda"] = Field(
+        "auto", description="auto: a GPU if there is one, else the CPU; cuda: a GPU, or an error"
+    )
     engine: Literal["auto", "deepspeed", "torch"] = Field(
         "auto", description="auto: torch where ZeRO is not needed, as it is faster there"
     )
@@ -211,6 +217,7 @@ RESOURCES: Final[Mapping[str, set[str]]] = {
     "train": {
         *("threads", "loader_threads", "keep_checkpoints", "checkpoint_s", "time_limit_s"),
         *("engine", "zero_stage", "offload", "deepspeed", "activation_checkpointing", "compile"),
+        *("noise_scale", "device"),
     },
     "search": {"workers", "time_limit_s", "evaluations", "trial_memory_GB"},
     "launch": {"ranks"},

@@ -7,12 +7,12 @@ checkpoint so far (twice), and the longest time between two questions, for nobod
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
-from dmi_hpc.errors import LaunchError
+from dmi_hpc.errors import Interrupted, LaunchError
 
 SLURM_END = "SLURM_JOB_END_TIME"
 
@@ -20,12 +20,23 @@ SLURM_END = "SLURM_JOB_END_TIME"
 FLOOR_S = 10.0
 # A checkpoint can take twice the longest so far: others write to the same file system.
 CHECKPOINTS = 2.0
+BEFORE_THE_FIRST_STEP = "stopped by {} before the first step, no checkpoint was touched"
 
 
 class Signal(Protocol):
     """What `watch.StopFlag` is: the first stop signal that came, or None."""
 
     signal: int | None
+
+
+def heed(flag: Signal, share: Callable[[int | None], list[int | None]]) -> None:
+    """Raises Interrupted, on all ranks, if a stop signal has come to one before the first step.
+
+    share: from a rank's value to those of all ranks, in order, on every rank.
+    """
+    came = next((number for number in share(flag.signal) if number is not None), None)
+    if came is not None:
+        raise Interrupted(BEFORE_THE_FIRST_STEP.format(signal.Signals(came).name))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ user can mend it (``DMIError``; also a lost rank); 75 interrupted: state is save
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -19,6 +20,8 @@ EXIT_USER_ERROR = 2
 # EX_TEMPFAIL of sysexits.h: state is saved, the same command with --resume continues. What a batch
 # script tests to requeue its job.
 EXIT_INTERRUPTED = 75
+# schedulers, terminals and users ask for a stop by these
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 FailureKind = Literal["invalid", "memory", "nan", "timeout", "exception", "lost"]
 

@@ -19,7 +19,6 @@ from dmi_hpc.data.loader import Batch, Loader
 from dmi_hpc.data.ranges import Rows
 from dmi_hpc.data.reader import ShardSet
 from dmi_hpc.data.sampler import Order
-from dmi_hpc.errors import DataError
 from dmi_hpc.problem import Problem, TargetScale
 from dmi_hpc.tasks.base import Array, Fields, Task
 from dmi_hpc.world import World
@@ -181,12 +180,7 @@ class Predictor:
         return batch, {"inputs": self._inputs(batch.fields)}
 
     def _inputs(self, fields: Fields) -> Tensor:
-        inputs = np.ascontiguousarray(self.task.inputs(fields), dtype=np.float32)
-        if inputs.shape[1:] != tuple(self.task.input_shape):
-            raise DataError(
-                f"inputs of task {self.task.name}: expected (rows, "
-                f"{', '.join(map(str, self.task.input_shape))}), found {inputs.shape}"
-            )
+        inputs = np.ascontiguousarray(self.task.network_inputs(fields), dtype=np.float32)
         return torch.from_numpy(inputs)
 
     def _output(self, inputs: Tensor) -> Tensor:

@@ -102,11 +102,14 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
     what: the kind of job, for the message. The folder is made if need be. What is there under
     the lock's name but no plain file is refused, too.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / _LOCK
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise RunError(f"{path}: expected a plain file, which this program makes itself. Remove it")
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise RunError(
+                f"{path}: expected a plain file, which this program makes itself. Remove it"
+            )
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

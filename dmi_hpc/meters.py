@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
@@ -47,38 +48,40 @@ class NoiseScale:
     """Gradient noise scale: the batch size, in samples, up to which a larger one pays.
 
     After McCandlish et al. 2018 (arXiv:1812.06162, appendix A.1): squared norms of the gradients of
-    a small and a large batch give unbiased estimates of |G|^2 and of the trace S of the covariance
+    a batch and of its parts give unbiased estimates of |G|^2 and of the trace S of the covariance
     of one sample's gradient. Each is smoothed by itself, for their ratio S / |G|^2 is biased.
     """
 
-    def __init__(self, small: int, large: int, decay: float = 0.99) -> None:
-        """small, large: samples in the two batches, e.g. a rank's part and the global batch."""
-        if not 0 < small < large:
-            raise ValueError(f"batches of {small} and {large}: expected 0 < small < large")
-        self._small, self._large = small, large
+    def __init__(self, sizes: Sequence[int], decay: float = 0.99) -> None:
+        """sizes: samples of each part of the batch."""
+        if len(sizes) < 2 or min(sizes) < 1:
+            raise ValueError(f"parts of {list(sizes)} samples: expected at least 2 of 1 or more")
+        self.samples = sum(sizes)  # of the whole batch
+        self._evenness = sum((size / self.samples) ** 2 for size in sizes)
         self._squares: tuple[Smoothed[torch.Tensor], Smoothed[torch.Tensor]] = (
             Smoothed(decay),
             Smoothed(decay),
         )
 
-    def add(self, small: torch.Tensor, large: torch.Tensor) -> None:
-        """Squared norms of the gradients of the mean loss of one step; scalars, not read here.
+    def add(self, parts: torch.Tensor, whole: torch.Tensor) -> None:
+        """Squared norms of one step, before its update; scalars, not read here.
 
-        small: the mean over the step's small batches. Neither a ragged batch nor a step that was
-        skipped belongs here.
+        parts: of what each part adds to the gradient of the batch's mean loss, summed; whole: of
+        that gradient. Neither a ragged batch nor a step that was skipped belongs here.
         """
         # the estimates are linear in the squares: smoothing these smooths each of those
-        for meter, square in zip(self._squares, (small, large), strict=True):
+        for meter, square in zip(self._squares, (parts, whole), strict=True):
             meter.add(square)
 
     def value(self) -> float | None:
         """Waits for the device. None while an estimate is not positive: noise hides the rest."""
-        small, large = (meter.mean for meter in self._squares)
-        if small is None or large is None:
+        parts, whole = (meter.mean for meter in self._squares)
+        if parts is None or whole is None:
             return None
-        small_square, large_square, b, n = float(small), float(large), self._small, self._large
-        gradient = (n * large_square - b * small_square) / (n - b)
-        covariance = (small_square - large_square) / (1 / b - 1 / n)
+        # part i of b_i of n samples adds (b_i / n) g_i, and E |g_i|^2 = |G|^2 + S / b_i. Thus
+        # E parts = evenness |G|^2 + S / n and E whole = |G|^2 + S / n
+        gradient = (float(whole) - float(parts)) / (1 - self._evenness)
+        covariance = self.samples * (float(whole) - gradient)
         return covariance / gradient if gradient > 0 and covariance > 0 else None
 
 

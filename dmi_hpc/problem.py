@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from dmi_hpc.config import DataConfig
+from dmi_hpc.data.manifest import Field
 from dmi_hpc.data.ranges import Rows
 from dmi_hpc.data.reader import ShardSet, Verify
 from dmi_hpc.data.sampler import Shuffle
@@ -69,7 +70,8 @@ class Problem:
         """Open the shard set at `path`, or its staged copy.
 
         reading: back end and shuffle, if not what suits the storage. processes_on_node: that read
-        it. Raises DataError if it is another task's or misses fields.
+        it. Raises DataError if it is another task's: fields are missing, or of a shape or type that
+        the task cannot use. One row goes through `task.inputs` for that.
         """
         reading = reading or DataConfig()
         shards = ShardSet.open(
@@ -78,12 +80,7 @@ class Problem:
             backend=reading.backend,
             processes_on_node=processes_on_node,
         )
-        have = {field.name for field in shards.manifest.fields}
-        missing = [n for n in (*task.input_fields, task.target_field) if n not in have]
-        if missing:
-            raise DataError(
-                f"{path}: the task needs fields {', '.join(missing)}; found {', '.join(sorted(have))}"
-            )
+        _check_fields(task, shards)
         rows: Rows | Array = shards.rows("train")
         target = shards.gather(task.target_field, rows).astype(np.float64)
         keep = task.in_training(target)
@@ -101,7 +98,11 @@ class Problem:
                     f"{path}: the {name} split is empty, of {len(shards)} rows in all. Make the set "
                     f"again with more rows or a larger share '{name}'"
                 )
-        scale = TargetScale.of(target, task.quantity.transform)
+        _check_inputs(task, shards, rows[:1])
+        try:
+            scale = TargetScale.of(target, task.quantity.transform)
+        except DataError as error:
+            raise DataError(f"{path}: field {task.target_field}: {error}") from None
         shuffle = None if reading.shuffle == "auto" else reading.shuffle
         return cls(task, shards, rows, scale, shuffle)
 
@@ -118,3 +119,43 @@ class Problem:
         rows = self.train_rows if name == "train" else self.shards.rows(name)
         fields = self.shards.fields(self.fields, rows)
         return fields, self.target(fields)
+
+
+def _check_fields(task: Task, shards: ShardSet) -> None:
+    """Raise DataError unless the task's fields are there and its target is one number a row."""
+    have = {field.name: field for field in shards.manifest.fields}
+    missing = [name for name in (*task.input_fields, task.target_field) if name not in have]
+    if missing:
+        raise DataError(
+            f"{shards.path}: task '{task.name}' needs fields {', '.join(missing)}; found "
+            f"{', '.join(sorted(have))}, as made for task '{shards.manifest.plan.task}'. Choose another "
+            "set, or that task"
+        )
+    target = have[task.target_field]
+    if not target.numeric or target.axis is not None or target.shape:
+        raise DataError(
+            f"{shards.path}: field {target.name}, the target of task '{task.name}': found "
+            f"{_kind(target)}, expected one number a row. Make the set again with one column as the "
+            "target, or choose another set"
+        )
+
+
+def _check_inputs(task: Task, shards: ShardSet, row: Array) -> None:
+    """Raise DataError unless `task.inputs` makes of this row, (1,), what the network takes."""
+    try:
+        made = task.network_inputs(shards.fields(task.input_fields, row))
+    except DataError as error:
+        raise DataError(f"{shards.path}: {error}") from error
+    if made.dtype != np.float32:
+        names = ", ".join(task.input_fields)
+        raise DataError(
+            f"{shards.path}: inputs of task {task.name}: expected float32, found {made.dtype} from "
+            f"{names}. Store {names} as float32, or convert in the task's `inputs`"
+        )
+
+
+def _kind(field: Field) -> str:
+    """For messages: "float32, shape (8,)"."""
+    kind = field.dtype if field.numeric else f"text {field.dtype}"
+    shape = f", shape {field.shape}" if field.shape else ""
+    return kind + shape + ("" if field.axis is None else ", of varying length")

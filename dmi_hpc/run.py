@@ -25,7 +25,7 @@ import psutil
 from dmi_hpc.config import Recipe, parse
 from dmi_hpc.data.manifest import read_manifest, require_identity
 from dmi_hpc.errors import RunError
-from dmi_hpc.files import write_json
+from dmi_hpc.files import write_json, writing
 from dmi_hpc.models.spec import NetworkSpec
 
 FORMAT_VERSION = 1
@@ -70,11 +70,12 @@ def open_run(folder: Path, recipe: Recipe | None = None) -> Run:
     if not identity.exists():
         if recipe is None:
             raise RunError(f"{folder}: no run here (no run.json). Start one with: dmi train RECIPE")
-        if folder.exists() and any(p.name != "logs" for p in folder.iterdir()):
-            raise RunError(
-                f"{folder}: the folder is not empty and holds no run; choose another --out"
-            )
-        _create(identity, recipe)
+        with writing(folder):
+            if folder.exists() and any(p.name != "logs" for p in folder.iterdir()):
+                raise RunError(
+                    f"{folder}: the folder is not empty and holds no run; choose another --out"
+                )
+            _create(identity, recipe)
         return Run(folder, recipe)
     content = _read(identity)
     stored = parse(Recipe, content["recipe"], where=str(identity))
@@ -85,7 +86,8 @@ def open_run(folder: Path, recipe: Recipe | None = None) -> Run:
             f"{folder}: holds another run: {_difference(stored, recipe)}. "
             "Choose another --out, or remove the folder if it is no longer needed"
         )
-    write_json(identity, {**content, "recipe": recipe.model_dump(mode="json")})
+    with writing(folder):
+        write_json(identity, {**content, "recipe": recipe.model_dump(mode="json")})
     return Run(folder, recipe)
 
 
@@ -141,13 +143,21 @@ def record_command(run: Run) -> None:
 
 
 def _difference(stored: Recipe, given: Recipe) -> str:
-    old, new = stored.identity(), given.identity()
-    parts = [
-        f"{key} there is {_short(old[key])}, here {_short(new[key])}"
-        for key in old
-        if old[key] != new[key]
-    ]
-    return "; ".join(parts)
+    old, new = _flat(stored.identity()), _flat(given.identity())
+    return "; ".join(
+        f"{key} there is {_short(old.get(key))}, here {_short(new.get(key))}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    )
+
+
+def _flat(tables: dict[str, Any]) -> dict[str, Any]:
+    """With keys such as "train.epochs"."""
+    flat: dict[str, Any] = {}
+    for name, value in tables.items():
+        inner = value if isinstance(value, dict) else {}
+        flat |= {f"{name}.{key}": each for key, each in inner.items()} if inner else {name: value}
+    return flat
 
 
 def _short(value: Any) -> str:

@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from dmi_hpc import checkpoint, collectives
+from dmi_hpc.agreement import Agreement, Decision
 from dmi_hpc.average import Average
+from dmi_hpc.batches import make_loader, micro_batch_sizes, micro_batches
 from dmi_hpc.config import TrainConfig
-from dmi_hpc.data.access import order_of
 from dmi_hpc.data.device import to_device
-from dmi_hpc.data.loader import Batch, Loader
 from dmi_hpc.engine import Engine, make_engine, statistics_untouched
-from dmi_hpc.errors import Interrupted, TrialFailure, together
+from dmi_hpc.errors import Interrupted, RecipeError, TrialFailure, counted, together
 from dmi_hpc.evaluate import evaluate_rows
 from dmi_hpc.files import write_json, writing
 from dmi_hpc.job import Counters, Epoch, Job, Observer, Result
-from dmi_hpc.meters import Step
+from dmi_hpc.meters import NoiseScale, Step
 from dmi_hpc.models.build import build
 from dmi_hpc.models.cost import cost
 from dmi_hpc.saving import Saver, restore
@@ -38,16 +37,12 @@ from dmi_hpc.transfer import freeze, start_from, train_mode
 
 __all__ = ["Counters", "Epoch", "Job", "Observer", "Result", "fit"]
 
-# Ranks agree on a stop signal and on a finite loss every so many steps (one small all-reduce), or
-# after so many seconds if that is sooner.
-AGREE_EVERY, AGREE_S = 10, 1.0
-
 
 def fit(job: Job, observer: Observer, *, resume: bool, warn: Callable[[str], None]) -> Result:
     """Train `job` until its epochs are done or validation stops improving.
 
     Raises Interrupted after a checkpoint if the observer asked to stop, TrialFailure("nan") if the
-    loss or gradient is not finite, NetworkError if the network cannot be built.
+    loss or gradient is not finite, a DMIError if the job cannot be had as it is given.
     """
     found: Path | None = None
     with together(collectives.gather_objects):
@@ -55,90 +50,66 @@ def fit(job: Job, observer: Observer, *, resume: bool, warn: Callable[[str], Non
             found = checkpoint.latest(job.checkpoints, warn)
     found = collectives.gather_objects(found)[0]
     with _deterministic(job.config.reproducible):
-        training = _Training(job, observer, found, warn)
-        try:
-            result = training.run()
-        except BaseException:
-            training.saver.abandon()
-            raise
-        finally:
-            training.engine.close()
-    return result
+        module, notes = _network(job, warn, fresh=found is None)
+        with closing(make_engine(module, job.config, job.world)) as engine:
+            _tell(engine, notes, job, observer)
+            training = _Training(job, observer, engine)
+            try:
+                if found is not None:
+                    training.restore(found, warn)
+                return training.run()
+            except BaseException:
+                training.saver.abandon()
+                raise
+
+
+def _network(job: Job, warn: Callable[[str], None], *, fresh: bool) -> tuple[nn.Module, list[str]]:
+    """The network to train, and what was taken over and frozen of it, a sentence each."""
+    config, notes = job.config, list[str]()
+    torch.manual_seed(job.seed)  # the same weights on every rank
+    module = build(job.network).to(job.device)
+    with together(collectives.gather_objects):
+        if config.start is not None and fresh:
+            report = start_from(module, config.start, job.problem.scale, warn)
+            notes.append(str(report))
+        if config.freeze:
+            notes.append(f"frozen: {', '.join(freeze(module, config.freeze))}")
+    return module, notes
+
+
+def _tell(engine: Engine, notes: Sequence[str], job: Job, observer: Observer) -> None:
+    """Say what was decided, and keep the configuration that DeepSpeed got."""
+    for note in (*notes, *engine.notes):
+        observer.on_event("decision", {"message": note})
+    with together(collectives.gather_objects):
+        if engine.settings and job.checkpoints is not None and job.world.is_first:
+            folder = job.checkpoints.parent
+            with writing(folder):
+                write_json(folder / "deepspeed.json", engine.settings)
 
 
 class _Training:
-    def __init__(
-        self, job: Job, observer: Observer, found: Path | None, warn: Callable[[str], None]
-    ) -> None:
-        """found: the checkpoint to continue from."""
-        self.job, self.config, self.observer = job, job.config, observer
-        self.engine = self._make_engine(warn, fresh=found is None)
+    def __init__(self, job: Job, observer: Observer, engine: Engine) -> None:
+        self.job, self.config, self.observer, self.engine = job, job.config, observer, engine
         torch.manual_seed(job.seed + 1 + job.world.rank)  # other dropout masks on each rank
-        self.loader = self._make_loader()
+        self.loader = make_loader(job)
         self.average: Average | None = None
         if self.config.average is not None:
             with self.engine.whole() as module:
                 self.average = Average(module, self.config.average)
+        self.noise = _noise_scale(job, engine)
         self.saver = Saver(job, lambda values: observer.on_event("checkpoint", values))
+        self.agreement = Agreement(self.loader, job.world, job.device, observer.must_stop)
         self.steps_per_epoch = self.loader.steps()
         self.counters = Counters()
         self.history: list[Epoch] = []
-        # of the epoch, and of the steps since the last agreement; on the device, unread: reading a
-        # loss each step would make a GPU wait
+        # of the epoch; on the device, unread: reading a loss each step would make a GPU wait
         self._loss = torch.zeros((), dtype=torch.float64, device=job.device)
-        self._recent: list[torch.Tensor] = []
-        self._agreed_step, self._agreed_time = 0, 0.0
-        self._why: str | None = None  # this rank was asked to stop
-        self._interval, self._save_due = 1, False  # steps to the next agreement, what it said
-        if found is not None:
-            self.counters = restore(found, job, self.engine, self.average, self.loader, warn)
-            self._loss.fill_(self.counters.loss_sum)
 
-    def _make_engine(self, warn: Callable[[str], None], *, fresh: bool) -> Engine:
-        job, config = self.job, self.config
-        torch.manual_seed(job.seed)  # the same weights on every rank
-        module = build(job.network).to(job.device)
-        notes: list[str] = []
-        with together(collectives.gather_objects):
-            if config.start is not None and fresh:
-                report = start_from(module, config.start, job.problem.scale, warn)
-                notes.append(str(report))
-            if config.freeze:
-                notes.append(f"frozen: {', '.join(freeze(module, config.freeze))}")
-        engine = make_engine(module, config, job.world)
-        for note in (*notes, *engine.notes):
-            self.observer.on_event("decision", {"message": note})
-        with together(collectives.gather_objects):
-            if engine.settings and job.checkpoints is not None and job.world.is_first:
-                folder = job.checkpoints.parent
-                with writing(folder):
-                    write_json(folder / "deepspeed.json", engine.settings)
-        return engine
-
-    def _make_loader(self) -> Loader[tuple[tuple[int, int], dict[str, torch.Tensor]]]:
-        job = self.job
-        shards, rows = job.problem.shards, job.problem.train_rows
-        order = order_of(
-            shards,
-            job.problem.fields,
-            len(rows),
-            batch_size=job.config.batch_size,
-            seed=job.seed,
-            shuffle=job.problem.shuffle,
-        )
-        return Loader(
-            shards,
-            rows,
-            job.problem.fields,
-            # a window of shuffling follows the node's memory: rank 0's is everybody's
-            collectives.gather_objects(order)[0],
-            batch_size=job.config.batch_size,
-            prepare=self._prepare,
-            rank=job.world.rank,
-            size=job.world.size,
-            threads=job.config.loader_threads,
-            pin=job.device.type == "cuda",
-        )
+    def restore(self, found: Path, warn: Callable[[str], None]) -> None:
+        """Continue from the checkpoint `found`."""
+        self.counters = restore(found, self.job, self.engine, self.average, self.loader, warn)
+        self._loss.fill_(self.counters.loss_sum)
 
     @property
     def total_steps(self) -> int:
@@ -153,7 +124,7 @@ class _Training:
             stop = self._train_epoch()
             self._end_epoch()
             # this epoch's checkpoint is under way; only now, for one step has one checkpoint
-            if (stop or self._agree()) and self.counters.epoch < self.config.epochs:
+            if (stop or self._agree().stop) and self.counters.epoch < self.config.epochs:
                 raise self._interrupted()
         self.saver.close()
         c = self.counters
@@ -169,9 +140,13 @@ class _Training:
 
     def _interrupted(self) -> Interrupted:
         self.saver.close()
-        why = next(filter(None, collectives.gather_objects(self._why)))
         at = f"epoch {self.counters.epoch}, step {self.counters.step}"
-        return Interrupted(f"stopped at {at}: {why}")
+        return Interrupted(f"stopped at {at}: {self.agreement.why()}")
+
+    def _agree(self) -> Decision:
+        every = self.config.checkpoint_s
+        due = every is not None and time.monotonic() - self.saver.saved_at > every
+        return self.agreement.reach(self.counters.step, save=due)
 
     def _patience_spent(self) -> bool:
         c, patience = self.counters, self.config.patience
@@ -184,7 +159,7 @@ class _Training:
         first, waited = c.step - before, 0.0
         drops = drops_after(self.config, c.validation)
         train_mode(self.engine.module)
-        self._agreed_step, self._agreed_time = c.step, started
+        self.agreement.begin(c.step)
         batches = self.loader.epoch(c.epoch, first * self.config.batch_size)
         arriving = to_device(batches, self.job.device)
         while True:
@@ -210,16 +185,17 @@ class _Training:
                     learning_rate=self._rate,
                     norm=norm,
                     skipped=skipped,
+                    noise=self.noise,
                 )
             )
             last = c.step - before == self.steps_per_epoch
-            if not last and c.step - self._agreed_step >= self._interval:
-                stop = self._agree()
-                if stop or self._save_due:
+            if not last and self.agreement.is_due(c.step):
+                decided = self._agree()
+                if decided.stop or decided.save:
                     self._save({})
-                if stop:
+                if decided.stop:
                     raise self._interrupted()
-        stop = self._agree()
+        stop = self._agree().stop
         self._seconds = time.perf_counter() - started
         self._data_wait = waited / self._seconds
         self._rows_seen = max(0, len(self.loader.rows) - first * self.config.batch_size)
@@ -235,102 +211,39 @@ class _Training:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._rate * group["lr_scale"]
         share = len(tensors["targets"])
-        parts = min(self.config.accumulation, share)  # the same on all ranks
+        parts = micro_batches(share, real, self.config.accumulation)
         losses = []
-        for part in range(parts):
-            start, stop = share * part // parts, share * (part + 1) // parts
-            # padding would count in batch statistics; a part without rows keeps one
-            here = slice(start, max(start + 1, min(stop, real)))
-            whole = here == slice(0, share)
+        for number, part in enumerate(parts, 1):
+            whole = part == slice(0, share)
             inputs, targets, weights = (
-                each if whole else each[here]
+                each if whole else each[part]
                 for each in (tensors["inputs"], tensors["targets"], tensors["weights"])
             )
-            with statistics_untouched(self.engine.module, rows=here.stop - start):
+            with statistics_untouched(self.engine.module, rows=part.stop - part.start):
                 output = self.engine(inputs).squeeze(1)
             per_row = _loss(self.config, output, targets)
             loss = per_row.sum() if real == share else (per_row * weights).sum()
             # engines average over ranks: rows of a ragged last batch still weigh the same
-            self.engine.backward(loss * (self.job.world.size / rows), last=part == parts - 1)
+            self.engine.backward(loss * (self.job.world.size / rows), last=number == len(parts))
             losses.append(loss.detach())
-        summed = losses[0] if parts == 1 else torch.stack(losses).sum()
+        summed = losses[0] if len(parts) == 1 else torch.stack(losses).sum()
         self.saver.copied()
         update = self.engine.update()
         if update.skipped:
-            # ZeRO skips by itself; a step that may be skipped still counts, or `_fail` would miscount
+            # ZeRO skips by itself; each step adds one, for a failing one is found by counting
             fatal = self.config.not_finite == "fail" and self.config.precision != "fp16"
-            self._recent.append(torch.full_like(summed, math.nan if fatal else 0.0))
+            self.agreement.add(torch.full_like(summed, math.nan if fatal else 0.0))
             self.counters.skipped += 1
             self.counters.skipped_rows += real
             return summed, update.norm, True
         self._loss += summed
-        self._recent.append(summed if update.norm is None else summed + 0 * update.norm)
+        self.agreement.add(summed if update.norm is None else summed + 0 * update.norm)
+        if self.noise is not None and update.squares is not None and rows == self.noise.samples:
+            self.noise.add(*update.squares)
         if self.average is not None:
             self.average.update(self.engine.whole)
             self.counters.averaged += 1
         return summed, update.norm, False
-
-    def _prepare(self, batch: Batch) -> tuple[tuple[int, int], dict[str, torch.Tensor]]:
-        """((rows of the global batch, real rows of this share), what a step needs).
-
-        Runs in the loader's threads.
-        """
-        task, problem = self.job.problem.task, self.job.problem
-        inputs = task.inputs(batch.fields)
-        if self.config.augment:
-            inputs = task.augment(inputs, batch.bits())
-        arrays = {
-            "inputs": inputs,
-            "targets": problem.scale.scale(problem.target(batch.fields)),
-            "weights": batch.weights,
-        }
-        real = int(batch.weights.sum())
-        return (batch.stop - batch.start, real), {
-            name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()
-        }
-
-    def _agree(self) -> bool:
-        """All ranks together: fail on a loss that is not finite; True if one was asked to stop."""
-        c = self.counters
-        sums = torch.stack(self._recent).double() if self._recent else self._loss.reshape(1)
-        finite = torch.isfinite(sums).tolist()  # waits for the device
-        steps, seconds = c.step - self._agreed_step, time.perf_counter() - self._agreed_time
-        pace = _steps_between(steps, seconds) if self.job.world.is_first and steps else 0
-        every = self.config.checkpoint_s
-        due = every is not None and time.monotonic() - self.saver.saved_at > every
-        why = self.observer.must_stop()
-        self._why = why or self._why
-        mine = (not all(finite), why is not None, pace, due and self.job.world.is_first)
-        shared: list[float] = collectives.sum_(
-            torch.tensor(mine, dtype=torch.float64, device=self.job.device)
-        ).tolist()
-        if shared[0] > 0:
-            self._fail(finite)
-        self._recent.clear()
-        self._interval, self._save_due = int(shared[2]) or self._interval, shared[3] > 0
-        self._agreed_step, self._agreed_time = c.step, time.perf_counter()
-        return shared[1] > 0
-
-    def _fail(self, finite: list[bool]) -> None:
-        """All ranks together: name the first step whose loss or gradient was not finite."""
-        c, mine = self.counters, None
-        if not all(finite):
-            step = c.step - len(finite) + finite.index(False)
-            position = (step - c.epoch * self.steps_per_epoch) * self.config.batch_size
-            rows = self.loader.rows_of(c.epoch, position)
-            mine = step, position, rows[:8].tolist(), len(rows)
-        found = [
-            (*where, rank)
-            for rank, where in enumerate(collectives.gather_objects(mine))
-            if where is not None
-        ]
-        step, position, rows, count, rank = min(found)
-        more = " ..." if count > len(rows) else ""
-        raise TrialFailure(
-            "nan",
-            f"loss or gradient is not finite at epoch {c.epoch} step {step}, rank {rank}: batch at "
-            f"position {position} of the epoch, rows {' '.join(map(str, rows))}{more} of the data set",
-        )
 
     def _end_epoch(self) -> None:
         c, job = self.counters, self.job
@@ -403,9 +316,26 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _steps_between(steps: int, seconds: float) -> int:
-    """Steps to the next agreement, if `steps` have taken `seconds`."""
-    return max(1, min(AGREE_EVERY, int(AGREE_S * steps / max(seconds, 1e-9))))
+def _noise_scale(job: Job, engine: Engine) -> NoiseScale | None:
+    """The meter that the recipe asks for. RecipeError where there is nothing to take it from."""
+    config, ranks = job.config, job.world.size
+    if not config.noise_scale:
+        return None
+    rows = min(config.batch_size, len(job.problem.train_rows))
+    sizes = micro_batch_sizes(rows, ranks, config.accumulation)
+    if engine.settings:
+        raise RecipeError(
+            "train.noise_scale is true, but the engine is DeepSpeed, which does not show the gradients "
+            'of micro-batches: set engine = "torch", or noise_scale = false'
+        )
+    if len(sizes) < 2:
+        raise RecipeError(
+            "train.noise_scale is true, but a batch is computed in one part "
+            f"({counted(ranks, 'rank')}, accumulation {config.accumulation}, "
+            f"{counted(rows, 'row')}): expected at least 2, whose gradients are compared; set "
+            "accumulation = 2, or start more ranks, or set noise_scale = false"
+        )
+    return NoiseScale(sizes)
 
 
 def _loss(config: TrainConfig, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

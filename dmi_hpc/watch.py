@@ -7,7 +7,9 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -28,8 +30,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dmi_hpc.deadline import Deadline
-from dmi_hpc.errors import DMIError
+from dmi_hpc import knobs
+from dmi_hpc.deadline import BEFORE_THE_FIRST_STEP, Deadline
+from dmi_hpc.errors import EXIT_INTERRUPTED, STOP_SIGNALS, DMIError
 from dmi_hpc.files import read_json_lines
 from dmi_hpc.meters import Gauge, Reading, Step, matmul_peak
 from dmi_hpc.models.cost import training_flops
@@ -39,7 +42,7 @@ from dmi_hpc.screen import Screen, pieces, rate_pieces
 if TYPE_CHECKING:
     from dmi_hpc.job import Epoch, Job
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+LEAVE_AFTER_S = 10.0  # schedulers kill about 30 s after their signal
 
 
 def console() -> Console:
@@ -81,6 +84,7 @@ class StopFlag:
             # under nohup a closed terminal is no reason to stop
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._catch)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.signal == number == signal.SIGINT:
@@ -101,6 +105,47 @@ def stop_on_signals() -> Iterator[StopFlag]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def leaving_in_time(patience_s: float = LEAVE_AFTER_S) -> Iterator[None]:
+    """For a block with nothing to save yet, with the stop signals caught: if it still runs so long
+    after the first one, or at a second SIGINT, the process ends, with exit code 75.
+
+    A handler waits for the main thread, which may be within a library: at a rendezvous, in a long
+    read. Of the main thread only.
+    """
+    hears, tells = socket.socketpair()
+    tells.setblocking(False)
+    before = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_leave_in_time, args=(hears, patience_s), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        tells.close()  # the thread ends
+
+
+def _leave_in_time(hears: socket.socket, patience_s: float) -> None:
+    """Thread: read the numbers of the signals as they come, until the other side is closed."""
+    first, end = 0, math.inf
+    with hears, suppress(TimeoutError):
+        while numbers := hears.recv(1):
+            number = numbers[0]
+            if number not in STOP_SIGNALS:
+                continue
+            if first == number == signal.SIGINT:
+                break
+            if not first:
+                first, end = number, time.monotonic() + patience_s
+            hears.settimeout(max(0.001, end - time.monotonic()))
+        else:
+            return
+    why = BEFORE_THE_FIRST_STEP.format(signal.Signals(first).name)
+    with suppress(OSError):
+        sys.stderr.write(f"interrupted: {why}{knobs.resume_hint()}\n")
+        sys.stderr.flush()
+    os._exit(EXIT_INTERRUPTED)
 
 
 _REFRESH_PER_S = 2  # of the display, by a thread of rich's

@@ -105,6 +105,25 @@ def detect(env: Mapping[str, str] | None = None) -> World:
     return world
 
 
+def require_gpu(world: World, env: Mapping[str, str] | None = None) -> None:
+    """Raise LaunchError, which says why, unless torch finds a GPU: a CPU is no silent substitute."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    shown = (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES")
+    if torch.version.cuda is None and torch.version.hip is None:
+        why = f"torch {torch.__version__} is built for CPUs only: install one built for your GPUs"
+    elif shown is not None:
+        why = f"CUDA_VISIBLE_DEVICES is '{shown}': name a GPU that nvidia-smi lists, or unset it"
+    else:
+        why = "torch finds none: look at nvidia-smi, and ask the scheduler for one (Slurm: --gpus)"
+    raise LaunchError(
+        f'rank {world.rank}: the recipe asks for a GPU (train.device is "cuda"), but {why}; or set '
+        'train.device = "auto" to train on the CPU'
+    )
+
+
 def _in_slurm_step(env: Mapping[str, str]) -> bool:
     """True in a task of srun; false in the batch shell (its step id is a special large number)."""
     step = env.get("SLURM_STEP_ID", "")

@@ -20,6 +20,7 @@ from tempfile import mkdtemp
 
 from dmi_hpc import knobs
 from dmi_hpc.errors import EXIT_INTERRUPTED, LaunchError
+from dmi_hpc.files import writing
 from dmi_hpc.watch import StopFlag, stop_on_signals
 
 GRACE_S = 30.0  # for a checkpoint after a signal, before a rank is killed
@@ -65,7 +66,8 @@ def run(job: Job) -> None:
     Raises LaunchError naming the rank that failed first and the end of its log, and
     SystemExit(75) if the job was stopped by a signal: the same call continues it.
     """
-    job.logs.mkdir(parents=True, exist_ok=True)
+    with writing(job.logs.parent):
+        job.logs.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix="dmi-job-"))
     try:
         with stop_on_signals() as stop:

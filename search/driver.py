@@ -17,8 +17,9 @@ from dmi_hpc.errors import RunError
 from dmi_hpc.files import write_json
 from dmi_hpc.models.space import HyperValue, SearchSpace
 from search.evolve import Evolution, EvolutionConfig, Failure, Proposal, SpaceExhausted
-from search.genome import decode, to_json
+from search.genome import Genome, decode, to_json
 from search.journal import Journal, replay
+from search.networks import Networks
 from search.trial import TrialOutcome
 
 LOSSES = 2  # of its worker, until a network counts as the cause
@@ -64,20 +65,18 @@ class Driver:
         search = recipe.search
         self.space, self.folder, self._limit_s = space, folder, search.time_limit_s
         self.evolution = Evolution(
-            space,
+            Networks(space, founder_defaults(space, recipe.train), max_flops=search.max_flops),
             EvolutionConfig(
                 seed=recipe.seed,
                 population=search.population,
                 initial=search.initial,
                 surrogate=search.surrogate,
-                max_flops=search.max_flops,
             ),
-            defaults=founder_defaults(space, recipe.train),
         )
         self.progress = Progress(search.evaluations)
         self._losses: Counter[int] = Counter()
         self._data = data
-        self._pending: deque[Proposal] = deque()
+        self._pending: deque[Proposal[Genome]] = deque()
         self._asked = 0
         self.journal = Journal(folder / "journal.jsonl")
         if self.journal.path.exists():
@@ -113,7 +112,7 @@ class Driver:
         exhausted = self._exhausted and not self._pending
         return p.finished >= p.budget or self.out_of_time or exhausted
 
-    def next_proposal(self) -> Proposal | None:
+    def next_proposal(self) -> Proposal[Genome] | None:
         """The next network to evaluate: one that was interrupted first.
 
         None while there is none: for good if `done`, else until a running one is lost.
@@ -126,13 +125,13 @@ class Driver:
             self.progress.running += 1
         return proposal
 
-    def _new(self) -> Proposal | None:
+    def _new(self) -> Proposal[Genome] | None:
         try:
             proposal = self.evolution.ask()
         except SpaceExhausted:
             self._exhausted = True
             return None
-        self.journal.ask(proposal)
+        self.journal.ask(proposal, to_json(proposal.genome))
         return proposal
 
     def finished(self, number: int, outcome: TrialOutcome) -> None:

@@ -1,6 +1,6 @@
 """READ FIRST. Asynchronous steady-state evolution as ask/tell: no runner, no clock, no files.
 
-    evolution = Evolution(space, EvolutionConfig(seed=1))
+    evolution = Evolution(Networks(space), EvolutionConfig(seed=1))   # any ``search.base.Space``
     proposal = evolution.ask()                      # any number may be outstanding
     evolution.tell(proposal.id, Success(fitness))   # or Failure("memory"); in any order
 
@@ -22,25 +22,19 @@ all you need", arXiv:2107.07343.
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import numpy as np
-import xxhash
 from pydantic import Field
 
 from dmi_hpc.config import Config
 from dmi_hpc.errors import FailureKind
-from dmi_hpc.models.cost import cost
-from dmi_hpc.models.space import HyperValue, SearchSpace
-from search.genome import Genome, decode, founder_genome, structural_hash, to_json
-from search.operators import crossover, mutate, parametric
+from search.base import G, Space
 from search.population import Population
-from search.space import Features, pick, random_genome, require_consistent
+from search.space import pick
 from search.surrogate import Surrogate
 
 INCUMBENTS = 3  # best members whose mutations are candidates
@@ -62,7 +56,6 @@ class EvolutionConfig(Config):
     surrogate: bool = True
     pool: int = Field(32, ge=1, description="candidates among which the surrogate chooses")
     unfiltered: float = Field(0.1, ge=0, le=1, description="share of children it does not see")
-    max_flops: float | None = Field(None, gt=0, description="of a forward pass; not for founders")
 
 
 @dataclass(frozen=True)
@@ -92,11 +85,11 @@ def checked(outcome: Outcome) -> Outcome:
 
 
 @dataclass(frozen=True)
-class Proposal:
+class Proposal(Generic[G]):
     """A genome to evaluate. origin: founder, random, crossover, mutation or incumbent."""
 
     id: int
-    genome: Genome
+    genome: G
     origin: str
     parents: tuple[int, ...]
     hash: str
@@ -106,51 +99,40 @@ class SpaceExhausted(Exception):
     """No genome is left that was not proposed already."""
 
 
-class _Candidate(NamedTuple):
-    genome: Genome
+class _Candidate(NamedTuple, Generic[G]):
+    genome: G
     origin: str
     parents: tuple[int, ...]
 
 
-class Evolution:
+class Evolution(Generic[G]):
     """The search. `proposals` and `outcomes` (in the order of the tells) are its whole history."""
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        config: EvolutionConfig,
-        defaults: Mapping[str, HyperValue] | None = None,
-    ) -> None:
-        """defaults: hyper-parameters for founders that leave them open (the recipe's).
-
-        Raises NetworkError or RunError if the space or a founder makes no sense.
-        """
-        require_consistent(space)
+    def __init__(self, space: Space[G], config: EvolutionConfig) -> None:
         self.space = space
         self.config = config
-        self.proposals: dict[int, Proposal] = {}
+        self.proposals: dict[int, Proposal[G]] = {}
         self.outcomes: dict[int, Outcome] = {}
         self._next = 0
-        self._hashes: set[str] = set()
-        self._founders = [founder_genome(f, space, defaults or {}) for f in space.founders]
-        self._waiting = deque(self._founders)
+        self._identities: set[str] = set()
+        self._waiting = deque(space.founders())
         self._population = Population(config.population)
-        self._surrogate = Surrogate(Features(space)) if config.surrogate else None
+        self._surrogate = Surrogate(space) if config.surrogate else None
 
-    def ask(self) -> Proposal:
+    def ask(self) -> Proposal[G]:
         """The next genome to evaluate. Raises SpaceExhausted if there is no new one."""
         rng = np.random.default_rng([self.config.seed, self._next])
         candidate = self._new_founder() or self._bred(rng) or self._random(rng)
-        identity = structural_hash(candidate.genome, self.space)
+        identity = self.space.identity(candidate.genome)
         proposal = Proposal(self._next, *candidate, identity)
         self.restore_ask(proposal)
         return proposal
 
-    def restore_ask(self, proposal: Proposal) -> None:
+    def restore_ask(self, proposal: Proposal[G]) -> None:
         """Take over a proposal that an earlier run of this search made."""
         assert proposal.id not in self.proposals, f"proposal {proposal.id} was asked twice"
         self.proposals[proposal.id] = proposal
-        self._hashes.add(proposal.hash)
+        self._identities.add(proposal.hash)
         self._next = max(self._next, proposal.id + 1)
 
     def tell(self, identifier: int, outcome: Outcome) -> Outcome:
@@ -174,44 +156,35 @@ class Evolution:
         fitness, identifier = self._population.members[0]
         return identifier, fitness
 
-    def pending(self) -> list[Proposal]:
+    def pending(self) -> list[Proposal[G]]:
         """Proposals without an outcome, oldest first."""
         return [p for number, p in self.proposals.items() if number not in self.outcomes]
 
-    def fingerprint(self) -> str:
-        """Identity of the space and its founders (xxh3-128, hex)."""
-        content = [self.space.model_dump(mode="json"), [to_json(f) for f in self._founders]]
-        return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+    def _is_new(self, candidate: _Candidate[G]) -> bool:
+        return self.space.identity(candidate.genome) not in self._identities
 
-    def _is_new(self, candidate: _Candidate) -> bool:
-        return structural_hash(candidate.genome, self.space) not in self._hashes
-
-    def _is_wanted(self, candidate: _Candidate) -> bool:
+    def _is_wanted(self, candidate: _Candidate[G]) -> bool:
         """New, and cheap enough: a network over the limit is not even proposed."""
-        limit = self.config.max_flops
-        affordable = (
-            limit is None or cost(decode(candidate.genome, self.space.network)).flops <= limit
-        )
-        return affordable and self._is_new(candidate)
+        return self.space.affordable(candidate.genome) and self._is_new(candidate)
 
-    def _new_founder(self) -> _Candidate | None:
+    def _new_founder(self) -> _Candidate[G] | None:
         while self._waiting:
             candidate = _Candidate(self._waiting.popleft(), "founder", ())
             if self._is_new(candidate):
                 return candidate
         return None
 
-    def _random(self, rng: np.random.Generator) -> _Candidate:
+    def _random(self, rng: np.random.Generator) -> _Candidate[G]:
         for _ in range(RANDOM_TRIES):
             candidate = self._stranger(rng)
             if self._is_wanted(candidate):
                 return candidate
         raise SpaceExhausted(
             f"{len(self.proposals)} networks were proposed and {RANDOM_TRIES} random ones brought "
-            "no new one: the search space is exhausted, or its networks exceed max_flops"
+            "no new one: the search space is exhausted, or its networks cost more than they may"
         )
 
-    def _bred(self, rng: np.random.Generator) -> _Candidate | None:
+    def _bred(self, rng: np.random.Generator) -> _Candidate[G] | None:
         """A new child; None before breeding starts, or if only known genomes come out."""
         if len(self.proposals) < self.config.initial or len(self._population) < 2:
             return None
@@ -222,7 +195,7 @@ class Evolution:
         children = (self._child(rng) for _ in range(BREEDING_TRIES))
         return next(filter(self._is_wanted, children), None)
 
-    def _screened(self, surrogate: Surrogate, rng: np.random.Generator) -> _Candidate | None:
+    def _screened(self, surrogate: Surrogate[G], rng: np.random.Generator) -> _Candidate[G] | None:
         """The new candidate that the surrogate likes best."""
         pool = [self._candidate(rng) for _ in range(self.config.pool)]
         order = surrogate.screen([candidate.genome for candidate in pool])
@@ -230,7 +203,7 @@ class Evolution:
             return None
         return next(filter(self._is_wanted, (pool[index] for index in order)), None)
 
-    def _candidate(self, rng: np.random.Generator) -> _Candidate:
+    def _candidate(self, rng: np.random.Generator) -> _Candidate[G]:
         kind = rng.random()
         if kind < RANDOM_SHARE:
             return self._stranger(rng)
@@ -238,22 +211,24 @@ class Evolution:
             return self._near_best(rng)
         return self._child(rng)
 
-    def _stranger(self, rng: np.random.Generator) -> _Candidate:
-        return _Candidate(random_genome(self.space, rng), "random", ())
+    def _stranger(self, rng: np.random.Generator) -> _Candidate[G]:
+        return _Candidate(self.space.random(rng), "random", ())
 
-    def _near_best(self, rng: np.random.Generator) -> _Candidate:
+    def _near_best(self, rng: np.random.Generator) -> _Candidate[G]:
         _, parent = pick(self._population.members[:INCUMBENTS], rng)
-        genome = mutate([self.proposals[parent].genome], self.space, rng)
+        genome = self.space.mutated(self.proposals[parent].genome, rng)
         return _Candidate(genome, "incumbent", (parent,))
 
-    def _child(self, rng: np.random.Generator) -> _Candidate:
+    def _child(self, rng: np.random.Generator) -> _Candidate[G]:
         first = self._population.tournament(self.config.tournament, rng)
         second = self._population.tournament(self.config.tournament, rng)
         if first == second or rng.random() >= self.config.crossover:
-            genome = mutate([self.proposals[first].genome], self.space, rng)
+            genome = self.space.mutated(self.proposals[first].genome, rng)
             return _Candidate(genome, "mutation", (first,))
         parents = (first, second)
-        genome = crossover([self.proposals[p].genome for p in parents], self.space, rng)
+        genome = self.space.crossed(
+            self.proposals[first].genome, self.proposals[second].genome, rng
+        )
         if rng.random() < MUTATED_CROSSOVER:
-            genome = parametric([genome], self.space, rng)
+            genome = self.space.stepped(genome, rng)
         return _Candidate(genome, "crossover", parents)

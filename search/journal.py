@@ -17,20 +17,19 @@ from typing import Any
 from dmi_hpc.errors import FormatVersionError, RunError
 from dmi_hpc.files import append_json_line, read_json_lines, write_text, writing
 from search.evolve import Evolution, Failure, Outcome, Proposal, Success, checked
-from search.genome import from_json, structural_hash, to_json
 
 VERSION = 1
 _IDENTITY = ("seed", "space", "config")
 
 
-def header(evolution: Evolution, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def header(evolution: Evolution[Any], extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """First event of the journal of `evolution`. extra: more keys for its ``config``."""
     config = {**evolution.config.model_dump(mode="json", exclude={"seed"}), **(extra or {})}
     return {
         "event": "header",
         "version": VERSION,
         "seed": evolution.config.seed,
-        "space": evolution.fingerprint(),
+        "space": evolution.space.fingerprint(),
         "config": json.loads(json.dumps(config)),
         "time": time.time(),
     }
@@ -44,7 +43,7 @@ class Journal:
 
     @classmethod
     def create(
-        cls, path: Path, evolution: Evolution, extra: Mapping[str, Any] | None = None
+        cls, path: Path, evolution: Evolution[Any], extra: Mapping[str, Any] | None = None
     ) -> Journal:
         """Start the journal of a fresh `evolution`. Raises RunError if there is one already.
 
@@ -89,7 +88,7 @@ class Journal:
             raise RunError(f"{self.path}: the first line is not the header of a search journal")
         return dict(first)
 
-    def require(self, evolution: Evolution) -> None:
+    def require(self, evolution: Evolution[Any]) -> None:
         """Raises RunError naming what differs between this journal's search and `evolution`.
 
         The extra keys of the journal's ``config`` are not compared.
@@ -107,12 +106,12 @@ class Journal:
                 "Resume with the recipe it was started with, or choose another run folder"
             )
 
-    def ask(self, proposal: Proposal) -> None:
-        """Record a proposal; call before its evaluation starts."""
+    def ask(self, proposal: Proposal[Any], genome: Mapping[str, Any]) -> None:
+        """Record a proposal, its genome as plain data; call before its evaluation starts."""
         self._append(
             "ask",
             id=proposal.id,
-            genome=to_json(proposal.genome),
+            genome=genome,
             hash=proposal.hash,
             origin=proposal.origin,
             parents=list(proposal.parents),
@@ -154,7 +153,7 @@ class Journal:
             append_json_line(self.path, record, durable=True)
 
 
-def replay(journal: Journal, evolution: Evolution) -> list[Proposal]:
+def replay(journal: Journal, evolution: Evolution[Any]) -> list[Proposal[Any]]:
     """Bring a fresh `evolution` to where `journal` ended.
 
     Returns the proposals that have no outcome, oldest first: evaluate them again under the same id.
@@ -174,10 +173,10 @@ def replay(journal: Journal, evolution: Evolution) -> list[Proposal]:
     return evolution.pending()
 
 
-def _apply(event: Mapping[str, Any], evolution: Evolution) -> None:
+def _apply(event: Mapping[str, Any], evolution: Evolution[Any]) -> None:
     if event["event"] == "ask":
-        genome = from_json(event["genome"])
-        identity = structural_hash(genome, evolution.space)
+        genome = evolution.space.from_json(event["genome"])
+        identity = evolution.space.identity(genome)
         if event["id"] in evolution.proposals:
             raise RunError(f"proposal {event['id']} was asked twice: did two searches write here?")
         if identity != event["hash"]:

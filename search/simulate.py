@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from search.base import G
 from search.evolve import Evolution, Outcome, SpaceExhausted, Success
-from search.genome import Genome
-
-Evaluate = Callable[[Genome], tuple[Outcome, float]]  # outcome, duration in seconds
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,15 @@ class Trace:
     utilisation: float
 
 
-def simulate(evolution: Evolution, evaluate: Evaluate, workers: int, evaluations: int) -> Trace:
+def simulate(
+    evolution: Evolution[G],
+    evaluate: Callable[[G], tuple[Outcome, float]],
+    workers: int,
+    evaluations: int,
+) -> Trace:
     """Run `evaluations` in all on `workers`; a worker asks as soon as it is free.
 
+    evaluate: outcome and duration in seconds.
     Ends early if the space is exhausted. Equal end times are told in the order of the asks.
     """
     running: list[tuple[float, int, Outcome]] = []  # (end, id, outcome), a heap on the end

@@ -7,7 +7,6 @@ from math import exp, log, log2, log10
 from typing import TypeVar, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from dmi_hpc.errors import NetworkError
 from dmi_hpc.models.cost import cost
@@ -20,9 +19,9 @@ from dmi_hpc.models.space import (
     SearchSpace,
 )
 from dmi_hpc.models.spec import ActivationName, NormName, PoolName, ReadoutName
+from search.base import Vector
 from search.genome import ConvGene, DenseGene, Genome, canonical, decode
 
-Vector = npt.NDArray[np.float64]
 T = TypeVar("T")
 
 # relative scales of the surrogate's features, about [0, 1] else (benchmarks/search_tables.py and the

@@ -9,15 +9,14 @@ to the unit of the fitness.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 from sklearn.svm import SVC, SVR
 
-from search.genome import Genome
-from search.space import Features, Vector
+from search.base import G, Space, Vector
 
 REFIT_AFTER = 4  # tells
 REFIT_SHARE = 50  # ... and at least 1/50 of what is known: the cost of a tell stays bounded
@@ -27,15 +26,15 @@ PENALTY = 3.0
 TUBE = 0.02  # of the regression, in ranks scaled to [0, 1]
 
 
-class Surrogate:
+class Surrogate(Generic[G]):
     """Learns from told genomes; `screen` orders candidates by expected fitness.
 
     Its state is a function of the sequence of `add` calls alone: a fit uses the first n points for
     an n on a fixed schedule, whenever it is asked. So a replayed search meets the same models.
     """
 
-    def __init__(self, features: Features) -> None:
-        self._features = features
+    def __init__(self, space: Space[G]) -> None:
+        self._space = space
         self._points: list[Vector] = []
         self._fitness: list[float | None] = []
         self._due = REFIT_AFTER
@@ -44,15 +43,15 @@ class Surrogate:
         self._ranker: SVR | None = None
         self._failures: SVC | None = None
 
-    def add(self, genome: Genome, fitness: float | None) -> None:
+    def add(self, genome: G, fitness: float | None) -> None:
         """One evaluated genome; `fitness` is None if it failed for a reason of its own."""
-        self._points.append(self._features(genome))
+        self._points.append(self._space.features([genome])[0])
         self._fitness.append(fitness)
         if len(self._points) == self._due:
             self._usable = self._due
             self._due += max(REFIT_AFTER, self._due // REFIT_SHARE)
 
-    def screen(self, candidates: Sequence[Genome]) -> list[int] | None:
+    def screen(self, candidates: Sequence[G]) -> list[int] | None:
         """Indices of `candidates`, most promising first; those expected to fail come last.
 
         None while too little is known.
@@ -61,7 +60,7 @@ class Surrogate:
             self._fit()
         if self._ranker is None:
             return None
-        x = self._features.matrix(candidates)
+        x = self._space.features(candidates)
         ranks = self._ranker.predict(x)
         fails = np.zeros(len(x), dtype=bool)
         if self._failures is not None:

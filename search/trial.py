@@ -168,6 +168,7 @@ def trial_config(recipe: Recipe, genome: Genome) -> TrainConfig:
         # every network is another one: nothing of another training fits
         "start": None,
         "freeze": (),
+        "noise_scale": False,  # nobody looks at it
         "threads": recipe.search.trial_threads,
         "epochs": recipe.search.epochs,
         **recipe.search.train,

@@ -1,4 +1,8 @@
-"""Comparisons as this process sees them: ranks started, waited for, and ended."""
+"""Comparisons as this process sees them: every contender has processes of its own, and they take turns.
+
+Of its own, because a process has one allocator, one set of thread pools and one process group, and
+what one contender does to them would speed up or slow down the others.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from selectors import EVENT_READ, DefaultSelector
+from typing import IO, Any
 
-from loading.timing import Rates
+import psutil
+from loading.timing import Rates, interleaved
 
 PROGRAM = Path(__file__).with_name("rank_process.py")
-TIMEOUT_S, GRACE_S = 1800, 5
+TURN_S, GRACE_S = 600.0, 5.0
 
 
 class ComparisonError(Exception):
@@ -37,63 +44,114 @@ class Comparison:
     repetitions: int
     ranks: int = 1
     small: bool = False
-    discarded: int = 3  # more than a loader holds ready
+    discarded: int = 3  # steps before each turn's clock starts: more than a loader holds ready
 
     def run(self) -> tuple[Rates, dict[str, list[float]]]:
         """(steps a second, bytes on the wire a step) of each contender. Raises ComparisonError."""
-        asked = json.dumps(asdict(self) | {"data": str(self.data)})
-        with tempfile.TemporaryDirectory(prefix="dmi-bench-ranks-") as folder:
-            processes = [self._start(rank, Path(folder), asked) for rank in range(self.ranks)]
-            try:
-                _wait(processes)
-            finally:
-                for process in processes:
-                    _kill(process)
-            for rank, process in enumerate(processes):
-                if process.returncode:
-                    said = (Path(folder) / f"{rank}.err").read_text(errors="replace")
-                    raise ComparisonError(
-                        f"rank {rank} ended with {process.returncode}: {' '.join(said.split())[-300:]}"
-                    )
-            found = json.loads((Path(folder) / "0.out").read_text())
-        return found["rates"], found["bytes_per_step"]
+        sent: dict[str, list[float]] = {name: [] for name in self.contenders}
+        with ExitStack() as stack:
+            running = {name: stack.enter_context(self._started(name)) for name in self.contenders}
 
-    def _start(self, rank: int, folder: Path, asked: str) -> subprocess.Popen[bytes]:
-        (folder / "asked.json").write_text(asked)
+            def turn(name: str) -> float:
+                running[name].step(self.discarded)
+                before, started = _sent_on_loopback(), time.perf_counter()
+                running[name].step(self.steps)
+                seconds = time.perf_counter() - started
+                sent[name].append((_sent_on_loopback() - before) / self.steps)
+                return self.steps / seconds
+
+            turns = {name: partial(turn, name) for name in self.contenders}
+            rates = interleaved(turns, self.repetitions)
+        return rates, {name: found[1:] for name, found in sent.items()}
+
+    @contextmanager
+    def _started(self, name: str) -> Iterator[Contender]:
+        with tempfile.TemporaryDirectory(prefix="dmi-bench-ranks-") as folder:
+            asked = asdict(self) | {"data": str(self.data), "contender": name}
+            contender = Contender(name, Path(folder), json.dumps(asked), self.ranks)
+            try:
+                yield contender
+            finally:
+                contender.close()
+
+
+def _sent_on_loopback() -> int:
+    return int(psutil.net_io_counters(pernic=True)["lo"].bytes_sent)
+
+
+class Contender:
+    """The ranks of one training; between two calls of `step` they do nothing."""
+
+    def __init__(self, name: str, folder: Path, asked: str, ranks: int) -> None:
+        self._name, self._folder = name, folder
+        self._ranks = [self._start(rank, ranks) for rank in range(ranks)]
+        for rank in self._ranks:
+            _tell(rank, asked)
+
+    def _start(self, rank: int, ranks: int) -> subprocess.Popen[str]:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "RANK": str(rank),
-            "WORLD_SIZE": str(self.ranks),
+            "WORLD_SIZE": str(ranks),
             "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(self.ranks),
-            "DMI_RENDEZVOUS": f"file://{folder}/store",
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "DMI_RENDEZVOUS": f"file://{self._folder}/store",
         }
-        with (
-            (folder / "asked.json").open("rb") as question,
-            (folder / f"{rank}.out").open("wb") as answer,
-            (folder / f"{rank}.err").open("wb") as log,
-        ):
+        with (self._folder / f"{rank}.err").open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-W", "ignore", str(PROGRAM)],
                 env=environment,
-                stdin=question,
-                stdout=answer,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 stderr=log,
+                text=True,
                 start_new_session=True,
             )
 
+    def step(self, steps: int) -> None:
+        """Returns when all ranks have done so many more steps. Raises ComparisonError."""
+        if not steps:
+            return
+        for rank in self._ranks:
+            _tell(rank, str(steps))
+        end = time.monotonic() + TURN_S
+        with DefaultSelector() as waiting:
+            for number, rank in enumerate(self._ranks):
+                waiting.register(_pipe(rank.stdout), EVENT_READ, number)
+            while waiting.get_map():
+                ready = waiting.select(timeout=max(0.0, end - time.monotonic()))
+                if not ready:
+                    raise ComparisonError(f"{self._name}: no {steps} steps in {TURN_S:g} s")
+                for key, _ in ready:
+                    if not _pipe(self._ranks[key.data].stdout).readline():
+                        raise ComparisonError(f"{self._name}: {self._last_words(key.data)}")
+                    waiting.unregister(key.fileobj)
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended, or one has failed and the others have had time to."""
-    end, failed = time.monotonic() + TIMEOUT_S, False
-    while None in (codes := [process.poll() for process in processes]) and time.monotonic() < end:
-        if any(codes) and not failed:
-            end, failed = time.monotonic() + GRACE_S, True
-        time.sleep(0.02)
+    def _last_words(self, number: int) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            self._ranks[number].wait(GRACE_S)
+        said = (self._folder / f"{number}.err").read_text(errors="replace")
+        code = self._ranks[number].returncode
+        return f"rank {number} ended with {code}: {' '.join(said.split())[-300:]}"
+
+    def close(self) -> None:
+        for rank in self._ranks:
+            with suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
+            rank.wait()
+            _pipe(rank.stdout).close()
+            with suppress(BrokenPipeError):
+                _pipe(rank.stdin).close()
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _tell(rank: subprocess.Popen[str], line: str) -> None:
+    with suppress(BrokenPipeError):  # it has ended: the answer that does not come says so
+        pipe = _pipe(rank.stdin)
+        pipe.write(line + "\n")
+        pipe.flush()
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -197,8 +196,3 @@ class _Endless:
 
     def __iter__(self) -> Batches:
         return shuffled(self._setting, self._world)
-
-
-def barrier(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()

@@ -1,8 +1,9 @@
-"""One rank of a comparison: all contenders in this process, in turns, the same on every rank.
+"""One rank of one contender of a comparison.
 
-    python rank_process.py < COMPARISON.json
+    python rank_process.py
 
-Rank 0 writes what it measured as one JSON object to stdout.
+Reads the comparison as a line of JSON, then lines with a number of steps to do; answers each of
+those with a line when the steps are done, and ends with its input.
 """
 
 from __future__ import annotations
@@ -11,21 +12,17 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import psutil
 import torch
-from loading.timing import interleaved
 
 from dmi_hpc import collectives
 from dmi_hpc.world import World, detect
 from training import contenders
 from training.problems import Setting
-from training.turns import Training, turns_of
+from training.turns import Training
 
 Maker = Callable[[Setting, World], Training]
 
@@ -51,52 +48,32 @@ def maker_of(name: str) -> Maker:
     raise ValueError(f"no contender {name!r}")
 
 
-class Wire:
-    """Bytes that this machine sent over loopback between two calls."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self.readings: list[int] = []
-
-    def __call__(self) -> None:
-        contenders.barrier(self._world)  # nobody has begun the window, or all have ended it
-        self.readings.append(psutil.net_io_counters(pernic=True)["lo"].bytes_sent)
-        contenders.barrier(self._world)
-
-    def per_step(self, steps: int) -> float:
-        start, end = self.readings[-2:]
-        return (end - start) / steps
-
-
-def compare(asked: dict[str, Any], world: World) -> dict[str, Any]:
-    """Rates in steps a second, and bytes on the wire a step, of each contender and repetition."""
-    setting = Setting(Path(asked["data"]), asked["task"], asked["batch"], asked["small"])
-    steps = asked["steps"]
-    wire = Wire(world)
-    sent: dict[str, list[float]] = {name: [] for name in asked["contenders"]}
-    trainings = {name: maker_of(name)(setting, world) for name in sent}
-    with turns_of(trainings, asked["discarded"]) as turns:
-
-        def measured(name: str) -> float:
-            rate = turns[name].rate(steps, wire)
-            sent[name].append(wire.per_step(steps))
-            return rate
-
-        windows = {name: partial(measured, name) for name in turns}
-        rates = interleaved(windows, asked["repetitions"])
-    return {"rates": rates, "bytes_per_step": {k: v[1:] for k, v in sent.items()}}
-
-
 def main() -> None:
-    asked, world = json.loads(sys.stdin.read()), detect()
-    answer = os.fdopen(os.dup(1), "w")
+    asked, world = json.loads(sys.stdin.readline()), detect()
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries say is no answer
     torch.set_num_threads(1)
+    left = 0
+
+    def turn() -> None:
+        """Waits for the number of steps to do."""
+        nonlocal left
+        line = sys.stdin.readline()
+        if not line:
+            raise SystemExit
+        left = int(line)
+
+    def tick() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            print("done", file=answers, flush=True)
+            turn()
+
+    setting = Setting(Path(asked["data"]), asked["task"], asked["batch"], asked["small"])
     with collectives.group(world, torch.device("cpu")):
-        found = compare(asked, world)
-    if world.is_first:
-        answer.write(json.dumps(found))
-    answer.close()
+        turn()
+        maker_of(asked["contender"])(setting, world)(tick)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 from dmi_hpc import __version__, knobs
-from dmi_hpc.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DMIError, Interrupted, TrialFailure
+from dmi_hpc.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    STOP_SIGNALS,
+    DMIError,
+    Interrupted,
+    TrialFailure,
+)
 
 # name -> (module with a typer `app`, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -74,6 +82,8 @@ def main() -> None:
         check_install()
         if arguments[0] not in COMMANDS:
             raise DMIError(f"no command '{arguments[0]}'; commands: {', '.join(COMMANDS)}")
+        if arguments[0] == "train":  # until its own handlers stand: its imports take a while
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         app = importlib.import_module(COMMANDS[arguments[0]][0]).app
         app(arguments[1:], prog_name=f"dmi {arguments[0]}")
     except DMIError as error:

@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 from dmi_hpc.config import Recipe, load_recipe
-from dmi_hpc.errors import EXIT_INTERRUPTED
+from dmi_hpc.errors import EXIT_INTERRUPTED, STOP_SIGNALS
 from dmi_hpc.run import Run, open_run
-from dmi_hpc.watch import STOP_SIGNALS, console
+from dmi_hpc.watch import console
 
 RecipeFile = Annotated[Path, typer.Argument(help="recipe (TOML): the whole run in one file")]
 Out = Annotated[Path | None, typer.Option(help="run folder; default: runs/NAME of the recipe")]

@@ -13,18 +13,28 @@ from typing import TYPE_CHECKING, Any
 
 from dmi_hpc.cli.options import Out, RecipeFile, Resume, new_app, run_of
 from dmi_hpc.config import RESOURCES, TrainConfig, with_train
-from dmi_hpc.deadline import Deadline, end_of
+from dmi_hpc.deadline import Deadline, end_of, heed
 from dmi_hpc.errors import DataError, Interrupted, RunError, TrialFailure, together
 from dmi_hpc.files import exclusive, remove_stale, write_json, writing
 from dmi_hpc.models.spec import NetworkSpec
 from dmi_hpc.records import rank_log
 from dmi_hpc.run import Run, network_to_train, record_command
-from dmi_hpc.watch import TrainingWatch, console, say, stop_on_signals
+from dmi_hpc.watch import (
+    StopFlag,
+    TrainingWatch,
+    console,
+    leaving_in_time,
+    say,
+    stop_on_signals,
+)
 
 if TYPE_CHECKING:
+    import torch
+
     from dmi_hpc.job import Job, Result
     from dmi_hpc.problem import Problem
     from dmi_hpc.tasks.base import Task
+    from dmi_hpc.world import World
 
 app = new_app()
 
@@ -36,57 +46,72 @@ def train(recipe: RecipeFile, out: Out = None, resume: Resume = False) -> None:
     Ranks are found from torchrun, mpirun or srun; `dmi launch train` starts them on this machine.
     A finished training is left as it is.
     """
+    with stop_on_signals() as stop, ExitStack() as early:
+        early.enter_context(leaving_in_time())  # up to the first step there is nothing to save
+        from dmi_hpc import collectives
+        from dmi_hpc.world import detect
+
+        world = detect()
+        device, share = collectives.device_of(world), collectives.gather_objects
+        with collectives.group(world, device), ExitStack() as held:
+            heed(stop, share)
+            plan: Plan | None = None
+            finished = None
+            with together(share):  # rank 0 first: it makes the run folder, or says why not
+                if world.is_first:
+                    plan = plan_of(run_of(recipe, out))
+                    held.enter_context(exclusive(plan.run.train, "training"))
+                    finished = begin(plan, resume=resume)
+            finished = share(finished)[0]
+            if finished is not None:
+                if world.is_first:
+                    say(_closing_line(finished))
+                return
+            with together(share):
+                plan = plan or plan_of(run_of(recipe, out))
+                held.enter_context(rank_log(plan.run.folder, world))
+            with _state_on_disk(plan.run.train / "status.json", world.is_first):
+                with together(share):
+                    job = _job_of(plan, world, device)
+                if world.is_first:
+                    console().print(f"reading {reading_of(job.problem)}", highlight=False)
+                heed(stop, share)
+                early.close()
+                result = _fit(job, plan.run, resume, stop)
+                if world.is_first:
+                    with collectives.busy("the end"):  # the others wait to leave together
+                        _finish(job, plan.run, result)
+
+
+def _job_of(plan: Plan, world: World, device: torch.device) -> Job:
+    """Open the data; what this rank is to train."""
     import torch
 
-    from dmi_hpc import collectives
     from dmi_hpc.job import Job
     from dmi_hpc.problem import Problem
-    from dmi_hpc.world import detect
+    from dmi_hpc.world import require_gpu
 
-    world = detect()
-    device, share = collectives.device_of(world), collectives.gather_objects
-    with collectives.group(world, device), ExitStack() as held:
-        plan: Plan | None = None
-        finished = None
-        with together(share):  # rank 0 first: it makes the run folder, or says why not
-            if world.is_first:
-                plan = plan_of(run_of(recipe, out))
-                held.enter_context(exclusive(plan.run.train, "training"))
-                finished = begin(plan, resume=resume)
-        finished = share(finished)[0]
-        if finished is not None:
-            if world.is_first:
-                say(_closing_line(finished))
-            return
-        with together(share):
-            plan = plan or plan_of(run_of(recipe, out))
-            held.enter_context(rank_log(plan.run.folder, world))
-            torch.set_num_threads(plan.config.threads_of_rank(world.ranks_on_cores))
-            problem = Problem.open(
-                plan.task,
-                plan.run.data,
-                verify="open" if world.is_first else "none",
-                reading=plan.run.recipe.data,
-                processes_on_node=world.ranks_on_cores,
-            )
-        run = plan.run
-        if world.is_first:
-            console().print(f"reading {reading_of(problem)}", highlight=False)
-        job = Job(
-            problem,
-            plan.network,
-            plan.config,
-            run.recipe.seed,
-            world,
-            device,
-            run.checkpoints,
-            run.recipe.fingerprint(),
-        )
-        with _state_on_disk(run.train / "status.json", world.is_first):
-            result = _fit(job, run, resume)
-            if world.is_first:
-                with collectives.busy("the end"):  # the others wait to leave together
-                    _finish(job, run, result)
+    run, config = plan.run, plan.config
+    if config.device == "cuda":
+        require_gpu(world)
+    torch.set_num_threads(config.threads_of_rank(world.ranks_on_cores))
+    problem = Problem.open(
+        plan.task,
+        run.data,
+        verify="open" if world.is_first else "none",
+        reading=run.recipe.data,
+        processes_on_node=world.ranks_on_cores,
+    )
+    return Job(
+        problem,
+        plan.network,
+        config,
+        run.recipe.seed,
+        world,
+        device,
+        run.checkpoints,
+        run.recipe.fingerprint(),
+    )
 
 
 @dataclass(frozen=True)
@@ -110,7 +135,11 @@ def plan_of(run: Run) -> Plan:
 
     task = make_task(run.recipe.task)
     if not (run.data / "manifest.json").exists():
-        raise DataError(f"{run.data}: no data set. First: dmi data build RECIPE --out {run.folder}")
+        there = ", only something else (no manifest.json)" if run.data.exists() else ""
+        raise DataError(
+            f"{run.data}: no data set{there}. First: dmi data build RECIPE --out {run.folder}, or dmi "
+            f"data import FILE --out {run.data}; or correct data.path"
+        )
     network, changes = network_to_train(run, task.published_network())
     return Plan(run, task, network, with_train(run.recipe, changes, where="search winner"))
 
@@ -190,12 +219,12 @@ def _state_on_disk(status_file: Path, first: bool) -> Iterator[None]:
                 console().print(f"{status_file}: not written: {problem}")
 
 
-def _fit(job: Job, run: Run, resume: bool) -> Result:
+def _fit(job: Job, run: Run, resume: bool, stop: StopFlag) -> Result:
     from dmi_hpc import collectives
     from dmi_hpc.train import fit
 
     # a launcher ends survivors of a lost rank by signal: they must have named it before
-    with stop_on_signals() as stop, collectives.naming_the_lost(), ExitStack() as held:
+    with collectives.naming_the_lost(), ExitStack() as held:
         end = end_of(os.environ, job.config.time_limit_s, time.time())
         with together(collectives.gather_objects):  # a disk or a server may refuse rank 0
             watching = TrainingWatch(job, run.train, Deadline(stop, end))

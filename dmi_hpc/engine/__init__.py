@@ -17,6 +17,7 @@ from dmi_hpc.engine.deepspeed_engine import DeepSpeedEngine
 from dmi_hpc.engine.network import statistics_untouched
 from dmi_hpc.engine.stages import Plan, plan
 from dmi_hpc.engine.torch_engine import TorchEngine
+from dmi_hpc.memory import keep_freed_memory
 from dmi_hpc.world import World
 
 __all__ = [
@@ -43,6 +44,8 @@ def make_engine(module: nn.Module, config: TrainConfig, world: World) -> Engine:
     memory = min(collectives.gather_objects(_memory(parameters[0].device, world)))
     decided = plan(config, sum(p.numel() for p in parameters), world.size, memory)
     notes = (f"engine {decided.engine}: {decided.reason}",)
+    if parameters[0].device.type == "cpu":
+        keep_freed_memory()
     if decided.engine == "torch":
         return TorchEngine(module, config, world, notes)
     return DeepSpeedEngine(module, config, world, decided.stage, notes)

@@ -17,10 +17,13 @@ class Update:
     norm: of the whole gradient before clipping, still on the device; None where nobody needed it.
     skipped: the gradient was not finite and the weights are as they were. ZeRO skips such a step
     also where the recipe says fail, if it knows the norm: the caller fails.
+    squares: where the recipe wants the noise scale, squared norms on the device: of what each
+    micro-batch of each rank adds to the gradient, summed; and of the gradient, before clipping.
     """
 
     norm: torch.Tensor | None
     skipped: bool
+    squares: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

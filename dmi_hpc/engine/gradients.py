@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -42,10 +42,43 @@ class LossScale:
         self._good = int(state.get("good_steps", self._good))
 
 
-def average_over_ranks(parameters: Iterable[nn.Parameter], ranks: int) -> None:
-    """Replace every rank's gradients by their mean over ranks."""
+class Parts:
+    """Squared norms of the gradients of one step's micro-batches, for the noise scale.
+
+    Keeps the gradient so far apart while a micro-batch is computed: once the gradients' memory.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self.square = torch.zeros((), device=self._parameters[0].device)  # their sum
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """As ``loss.backward()``, its gradient measured before it is added."""
+        before = [p.grad for p in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.square += nn.utils.get_total_norm(gradients_of(self._parameters)).square()
+        for parameter, gradient in zip(self._parameters, before, strict=True):
+            if gradient is not None:
+                if parameter.grad is not None:
+                    gradient += parameter.grad
+                parameter.grad = gradient
+
+    def take(self) -> torch.Tensor:
+        """The sum since it was last asked for."""
+        taken, self.square = self.square, torch.zeros_like(self.square)
+        return taken
+
+
+def gradients_of(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def average_over_ranks(gradients: Sequence[torch.Tensor], ranks: int) -> None:
+    """Replace every rank's gradients by their mean over ranks, in place."""
     bucket: list[torch.Tensor] = []
-    for gradient in (p.grad for p in parameters if p.grad is not None):
+    for gradient in gradients:
         if bucket and sum(g.numel() for g in bucket) + gradient.numel() > BUCKET:
             _average(bucket, ranks)
             bucket = []
@@ -61,7 +94,12 @@ def _average(gradients: list[torch.Tensor], ranks: int) -> None:
 
 def norm_needed(config: TrainConfig) -> bool:
     """True if a step cannot do without the gradient's norm, which takes time."""
-    return config.clip_norm > 0 or config.not_finite == "skip" or config.precision == "fp16"
+    return (
+        config.clip_norm > 0
+        or config.not_finite == "skip"
+        or config.precision == "fp16"
+        or config.noise_scale
+    )
 
 
 def unscale_and_clip(
@@ -70,7 +108,7 @@ def unscale_and_clip(
     """Divide gradients by the loss scale and clip them, in place; their norm before clipping."""
     if not norm_needed(config):
         return None
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = gradients_of(parameters)
     if scale is not None:
         torch._foreach_mul_(gradients, 1 / scale.value)
     norm = nn.utils.get_total_norm(gradients)

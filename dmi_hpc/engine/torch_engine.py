@@ -17,7 +17,9 @@ from dmi_hpc.engine.base import EngineState, Update
 from dmi_hpc.engine.elastic import kept, require_names, shapes_of, shared_states, shared_tensors
 from dmi_hpc.engine.gradients import (
     LossScale,
+    Parts,
     average_over_ranks,
+    gradients_of,
     may_step,
     unscale_and_clip,
 )
@@ -37,8 +39,10 @@ class TorchEngine:
         self.settings: dict[str, Any] = {}
         self.optimizer = make_optimizer(module, config)
         self._model: nn.Module = Network(module, config)
-        # DistributedDataParallel must know at the forward pass whether a step ends with it
-        self._by_hand = world.size > 1 and config.accumulation > 1
+        self._parts = Parts(module.parameters()) if config.noise_scale else None
+        # DistributedDataParallel must know at the forward pass whether a step ends with it, and
+        # leaves no rank's own gradient
+        self._by_hand = world.size > 1 and (config.accumulation > 1 or config.noise_scale)
         if world.size > 1 and not self._by_hand:
             # gradients lie in the buckets they are reduced in: a copy less in time and memory
             self._model = nn.parallel.DistributedDataParallel(
@@ -57,19 +61,32 @@ class TorchEngine:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         if self._scale is not None:
             loss = loss * self._scale.value
-        loss.backward()  # type: ignore[no-untyped-call]
+        if self._parts is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._parts.backward(loss)
         if last and self._by_hand:
-            average_over_ranks(self._bare.parameters(), self._world.size)
+            squares = [] if self._parts is None else [self._parts.square]
+            average_over_ranks([*gradients_of(self._bare.parameters()), *squares], self._world.size)
 
     def update(self) -> Update:
         norm = unscale_and_clip(self._bare.parameters(), self._config, self._scale)
+        squares = self._squares(norm)
         finite = may_step(norm, self._config)
         if finite:
             self.optimizer.step()
         if self._scale is not None:
             self._scale.after(finite=finite)
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(norm, skipped=not finite)
+        return Update(norm, skipped=not finite, squares=squares)
+
+    def _squares(self, norm: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Those of ``Update``; the loss scale is still that of the backward pass."""
+        if self._parts is None or norm is None:
+            return None
+        scale = 1.0 if self._scale is None else self._scale.value
+        # a rank's gradients are of `size` times its share of the loss; their squares are averaged
+        return self._parts.take() / (scale**2 * self._world.size), norm.square()
 
     def whole(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self._bare)

@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from dmi_hpc import knobs
 from dmi_hpc.config import Config, DataConfig
 from dmi_hpc.data.build import Communicator
 from dmi_hpc.data.manifest import Manifest
-from dmi_hpc.errors import DataError
+from dmi_hpc.errors import DataError, DMIError
 from dmi_hpc.models.space import SearchSpace
 from dmi_hpc.models.spec import NetworkSpec
 
@@ -108,6 +109,31 @@ class Task(ABC):
     def inputs(self, fields: Fields) -> Array:
         """Stored fields of n rows -> network inputs, (n, *input_shape) float32."""
 
+    def network_inputs(self, fields: Fields) -> Array:
+        """`inputs` of n rows, (n, *input_shape); a DataError naming the fields if they do not fit."""
+        expected = f"(rows, {', '.join(map(str, self.input_shape))})"
+        try:
+            made = self.inputs(fields)
+        except DMIError:
+            raise
+        # what arrays of another kind raise
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise DataError(
+                f"inputs of task {self.name}: expected {expected}, but its `inputs` fails with "
+                f"{type(error).__name__}: {error} ({knobs.DEBUG}=1 shows where), given "
+                f"{self._told(fields)}. Choose data of this task"
+            ) from error
+        fits = isinstance(made, np.ndarray) and made.dtype.kind in "biuf"
+        if not fits or made.shape[1:] != tuple(self.input_shape):
+            raise DataError(
+                f"inputs of task {self.name}: expected {expected}, found {_kind(made)} from "
+                f"{self._told(fields)}. Choose data of this task, or the [task] options of these"
+            )
+        return made
+
+    def _told(self, fields: Fields) -> str:
+        return ", ".join(f"{name} {_kind(fields[name])}" for name in self.input_fields)
+
     def augment(self, inputs: Array, bits: Array) -> Array:
         """Inputs changed by symmetries that leave the target alone.
 
@@ -142,3 +168,10 @@ class Task(ABC):
     def pictures(self, fields: Fields, truth: Array, prediction: Array) -> tuple[Picture, ...]:
         """A few examples with truth and prediction, for the report."""
         return ()
+
+
+def _kind(given: Any) -> str:
+    """For messages: "(5, 8) float32"."""
+    if not isinstance(given, np.ndarray):
+        return type(given).__name__
+    return f"{given.shape} {'text' if given.dtype.kind in 'SU' else given.dtype.name}"

@@ -41,6 +41,7 @@ from dmi_hpc.tasks import TASKS, make_task
 from search.driver import founder_defaults
 from search.evolve import Evolution, EvolutionConfig, Success
 from search.genome import to_json
+from search.networks import Networks
 from search.trial import Evaluator
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +140,7 @@ def test_the_task_of_the_extending_page_can_be_searched(
         dmi("data", "build", "springs.toml", cwd=example, PYTHONPATH=str(example))
     space = make_task(recipe.task).space()
     defaults = founder_defaults(space, recipe.train)
-    evolution = Evolution(space, EvolutionConfig(seed=recipe.seed, initial=4), defaults)
+    evolution = Evolution(Networks(space, defaults), EvolutionConfig(seed=recipe.seed, initial=4))
     evaluate = Evaluator(recipe, data, torch.device("cpu"), memory_GB=1.0)
     threads = torch.get_num_threads()
     try:

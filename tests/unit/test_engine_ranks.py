@@ -58,6 +58,7 @@ def test_traps_of_defaults(found, engine, ranks):
     """DeepSpeed's "Adam" is AdamW, and it clips unless told not to."""
     assert found[f"{ranks} ranks: adam - adamw"] > 100 * ROUNDING
     assert found[f"{ranks} ranks: clipped - unclipped"] > 100 * ROUNDING
+    assert found[f"{ranks} ranks: clipped by default - unclipped"] > 100 * ROUNDING
     for case in ("adamw", "clipped", "unclipped"):
         assert found[f"{ranks} ranks: {engine} {case}"] < ROUNDING, case
 

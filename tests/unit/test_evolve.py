@@ -13,6 +13,7 @@ from dmi_hpc.models.space import Choice, FloatRange, Founder, NetworkSpace, Sear
 from dmi_hpc.models.spec import Activation, Conv, NetworkSpec, Pool, Readout, shapes
 from search.evolve import Evolution, EvolutionConfig, Failure, SpaceExhausted, Success
 from search.genome import decode, structural_hash
+from search.networks import Networks
 from search.simulate import simulate
 
 VOXELS = 21
@@ -58,7 +59,7 @@ def evaluate(genome):
 
 
 def search(seed, workers, evaluations, space=SPACE, **config):
-    evolution = Evolution(space, EvolutionConfig(seed=seed, **config), DEFAULTS)
+    evolution = Evolution(Networks(space, DEFAULTS), EvolutionConfig(seed=seed, **config))
     return evolution, simulate(evolution, evaluate, workers, evaluations)
 
 
@@ -106,7 +107,7 @@ def test_a_finite_space_is_searched_to_its_end_and_then_says_so():
         network=NetworkSpace(input_shape=(4,), dense_blocks=(0, 0)),
         hyper={"a": Choice(values=(1, 2, 3), ordered=True), "b": Choice(values=("x", "y"))},
     )
-    evolution = Evolution(space, EvolutionConfig(initial=2, population=3))
+    evolution = Evolution(Networks(space), EvolutionConfig(initial=2, population=3))
     for number in range(6):
         evolution.tell(evolution.ask().id, Success(float(number)))
     assert len({proposal.genome for proposal in evolution.proposals.values()}) == 6
@@ -116,14 +117,14 @@ def test_a_finite_space_is_searched_to_its_end_and_then_says_so():
 
 @pytest.mark.parametrize("fitness", [nan, inf, -inf])
 def test_a_fitness_that_is_not_finite_is_a_failure(fitness):
-    evolution = Evolution(SPACE, EvolutionConfig())
+    evolution = Evolution(Networks(SPACE), EvolutionConfig())
     told = evolution.tell(evolution.ask().id, Success(fitness))
     assert isinstance(told, Failure) and told.kind == "nan"
     assert evolution.best() is None
 
 
 def test_a_search_where_everything_fails_goes_on():
-    evolution = Evolution(SPACE, EvolutionConfig(initial=4))
+    evolution = Evolution(Networks(SPACE), EvolutionConfig(initial=4))
     trace = simulate(evolution, lambda genome: (Failure("memory"), 1.0), 3, 30)
     assert len(trace.ids) == 30
     assert np.isinf(trace.best).all()
@@ -131,7 +132,7 @@ def test_a_search_where_everything_fails_goes_on():
 
 
 def test_best_and_pending():
-    evolution = Evolution(SPACE, EvolutionConfig())
+    evolution = Evolution(Networks(SPACE), EvolutionConfig())
     first, second, third = (evolution.ask() for _ in range(3))
     evolution.tell(third.id, Success(2.0))
     evolution.tell(first.id, Success(1.0))
@@ -148,7 +149,7 @@ def test_equal_seeds_give_equal_searches_and_others_do_not():
 
 def test_proposals_do_not_use_random_numbers_of_earlier_ones():
     """Asks between two equal states may differ in number: proposal k is a function of (seed, k)."""
-    whole, resumed = (Evolution(SPACE, EvolutionConfig(seed=5)) for _ in range(2))
+    whole, resumed = (Evolution(Networks(SPACE), EvolutionConfig(seed=5)) for _ in range(2))
     proposals = [whole.ask() for _ in range(6)]
     for proposal in proposals[:5]:
         resumed.restore_ask(proposal)
@@ -158,10 +159,10 @@ def test_proposals_do_not_use_random_numbers_of_earlier_ones():
 def test_founders_that_make_no_sense_are_refused_by_name():
     space = SPACE.model_copy(update={"founders": (founder("a", 8),)})
     with pytest.raises(RunError, match="'a' has no value for batch_size"):
-        Evolution(space, EvolutionConfig())
+        Networks(space)
     odd = Founder(name="odd", network=founder("", 8).network.model_copy(update={"outputs": 2}))
     with pytest.raises(NetworkError, match="'odd': outputs"):
-        Evolution(SPACE.model_copy(update={"founders": (odd,)}), EvolutionConfig(), DEFAULTS)
+        Networks(SPACE.model_copy(update={"founders": (odd,)}), DEFAULTS)
 
 
 def medians(workers, evaluations, **config):
@@ -182,8 +183,9 @@ def test_evolution_beats_random_search_and_the_surrogate_beats_plain_evolution()
 def test_networks_over_the_flop_limit_are_not_proposed():
     limit = 3e7
     space = SPACE.model_copy(update={"founders": (founder("large", 64, 128),)})
-    config = EvolutionConfig(seed=1, initial=8, max_flops=limit)
-    evolution = Evolution(space, config, DEFAULTS)
+    evolution = Evolution(
+        Networks(space, DEFAULTS, max_flops=limit), EvolutionConfig(seed=1, initial=8)
+    )
     for number in range(40):
         proposal = evolution.ask()
         assert (proposal.origin == "founder") == (number == 0)

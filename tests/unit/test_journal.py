@@ -8,7 +8,9 @@ import pytest
 from dmi_hpc.errors import FormatVersionError, RunError
 from dmi_hpc.models.space import Choice, FloatRange, NetworkSpace, SearchSpace
 from search.evolve import Evolution, EvolutionConfig, Failure, Success
+from search.genome import to_json
 from search.journal import Journal, header, outcome_of, replay
+from search.networks import Networks
 
 SPACE = SearchSpace(
     network=NetworkSpace(input_shape=(1, 15, 15, 15), conv_blocks=(1, 4)),
@@ -22,7 +24,7 @@ EVALUATIONS = 18
 
 
 def fresh(config=CONFIG):
-    return Evolution(SPACE, config)
+    return Evolution(Networks(SPACE), config)
 
 
 def outcome(proposal):
@@ -37,7 +39,7 @@ def work(journal, evolution, pending, outstanding=1):
     while len(evolution.outcomes) < EVALUATIONS:
         while len(running) < outstanding and len(evolution.proposals) < EVALUATIONS:
             running.append(evolution.ask())
-            journal.ask(running[-1])
+            journal.ask(running[-1], to_json(running[-1].genome))
         proposal = running.pop(0)
         journal.tell(proposal.id, outcome(proposal), 1.5, {"epochs": 3})
         evolution.tell(proposal.id, outcome(proposal))
@@ -113,7 +115,7 @@ def test_outcomes_are_recorded_whole(tmp_path):
     journal = Journal.create(tmp_path / "journal.jsonl", evolution, {"workers": 2})
     for told in (Success(0.125), Failure("exception", "boom", "Traceback"), Success(nan)):
         proposal = evolution.ask()
-        journal.ask(proposal)
+        journal.ask(proposal, to_json(proposal.genome))
         journal.tell(proposal.id, told, 2.5, {"mae": inf, "curve": [1.0, nan]})
         evolution.tell(proposal.id, told)
     journal.resumed()
@@ -159,7 +161,7 @@ def test_a_newer_version_is_refused(tmp_path):
             fresh(EvolutionConfig(seed=3, initial=6, population=9, pool=8)),
             "config.population is 6 .* 9 now",
         ),
-        (Evolution(SPACE.model_copy(update={"hyper": {}}), CONFIG), "space is"),
+        (Evolution(Networks(SPACE.model_copy(update={"hyper": {}})), CONFIG), "space is"),
     ],
 )
 def test_the_journal_of_another_search_is_refused_by_its_difference(tmp_path, other, message):
@@ -196,7 +198,7 @@ def test_two_searches_in_one_journal_are_noticed(tmp_path):
     evolution = fresh()
     journal = Journal.create(path, evolution)
     proposal = evolution.ask()
-    journal.ask(proposal)
-    journal.ask(proposal)
+    journal.ask(proposal, to_json(proposal.genome))
+    journal.ask(proposal, to_json(proposal.genome))
     with pytest.raises(RunError, match="asked twice"):
         replay(journal, fresh())

@@ -52,26 +52,28 @@ def test_a_decay_of_one_is_refused():
 # noise scale
 
 
-def test_the_noise_scale_of_made_up_gradients_is_found():
+@pytest.mark.parametrize("sizes", [[4, 4, 4, 4], [5, 5, 5, 1], [1, 15]])
+def test_the_noise_scale_of_made_up_gradients_is_found(sizes):
     """Gradient G of 20 components, samples scattered about it with a known covariance."""
     generator = torch.Generator().manual_seed(0)
-    mean, spread, small, ranks = torch.full((20,), 0.3), 2.0, 4, 4
+    mean, spread = torch.full((20,), 0.3), 2.0
     truth = 20 * spread**2 / float(mean.square().sum())
-    meter = NoiseScale(small, small * ranks, decay=0.9995)
+    meter = NoiseScale(sizes, decay=0.9995)
     for _ in range(4000):
-        samples = mean + spread * torch.randn(ranks, small, 20, generator=generator)
-        parts = samples.mean(1)
-        meter.add(parts.square().sum(1).mean(), parts.mean(0).square().sum())
+        samples = mean + spread * torch.randn(16, 20, generator=generator)
+        parts = torch.stack([part.sum(0) / 16 for part in samples.split(sizes)])
+        meter.add(parts.square().sum(), parts.sum(0).square().sum())
     assert meter.value() == pytest.approx(truth, rel=0.1)
 
 
 def test_a_noise_scale_that_noise_hides_is_not_told():
-    meter = NoiseScale(1, 4)
+    meter = NoiseScale([1, 1, 1, 1])
     assert meter.value() is None
-    meter.add(torch.tensor(1.0), torch.tensor(0.2))  # |G|^2 = (0.8 - 1) / 3 < 0
+    meter.add(torch.tensor(0.25), torch.tensor(0.2))  # |G|^2 = (0.2 - 0.25) / (1 - 1/4) < 0
     assert meter.value() is None
-    with pytest.raises(ValueError, match="expected 0 < small < large"):
-        NoiseScale(4, 4)
+    for sizes in ([], [8], [4, 0]):
+        with pytest.raises(ValueError, match="expected at least 2 of 1 or more"):
+            NoiseScale(sizes)
 
 
 # throughput
@@ -159,7 +161,7 @@ def test_neither_a_skipped_step_nor_a_broken_loss_spoils_the_smoothed_one():
 
 def test_adding_a_step_reads_nothing_from_the_device():
     nowhere = torch.zeros((), device="meta")  # reading it raises
-    gauge, noise = Gauge(1, 1, None), NoiseScale(1, 2)
+    gauge, noise = Gauge(1, 1, None), NoiseScale([1, 1])
     for i in range(1, 4):
         noise.add(nowhere, nowhere)
         gauge.add(Step(0, i, 10, nowhere, 8, 0.0, 0.1, nowhere, noise=noise), now=float(i))

@@ -39,7 +39,7 @@ def test_another_recipe_is_refused_with_the_difference(tmp_path):
     open_run(tmp_path / "run", recipe(train={"epochs": 3}))
     with pytest.raises(RunError) as caught:
         open_run(tmp_path / "run", recipe(train={"epochs": 4}))
-    assert "train there is" in str(caught.value)
+    assert "train.epochs there is 3, here 4" in str(caught.value)
     assert "seed" not in str(caught.value)
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from dmi_hpc.models.space import Choice, FloatRange, NetworkSpace, SearchSpace
 from search.evolve import Evolution, EvolutionConfig, Failure, Success
+from search.networks import Networks
 from search.simulate import simulate
 
 NETWORK = NetworkSpace(input_shape=(4,), dense_blocks=(0, 2))
@@ -12,7 +13,7 @@ SPACE = SearchSpace(network=NETWORK, hyper={"rate": FloatRange(low=0.0, high=1.0
 
 
 def run(durations, workers, evaluations, space=SPACE):
-    evolution = Evolution(space, EvolutionConfig(surrogate=False, initial=4))
+    evolution = Evolution(Networks(space), EvolutionConfig(surrogate=False, initial=4))
     given = iter(durations)
 
     def evaluate(genome):
@@ -34,7 +35,7 @@ def test_utilisation_counts_idle_workers():
 
 
 def test_best_so_far_starts_with_the_first_success():
-    evolution = Evolution(SPACE, EvolutionConfig(initial=6))
+    evolution = Evolution(Networks(SPACE), EvolutionConfig(initial=6))
     outcomes = iter([Failure("timeout"), Success(3.0), Success(4.0), Failure("nan"), Success(1.0)])
     trace = simulate(evolution, lambda genome: (next(outcomes), 1.0), 1, 5)
     assert trace.best.tolist() == [np.inf, 3.0, 3.0, 3.0, 1.0]

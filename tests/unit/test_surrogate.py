@@ -3,7 +3,8 @@
 import numpy as np
 
 from dmi_hpc.models.space import Choice, FloatRange, NetworkSpace, SearchSpace
-from search.space import Features, random_genome
+from search.networks import Networks
+from search.space import random_genome
 from search.surrogate import Surrogate
 
 SPACE = SearchSpace(
@@ -26,7 +27,7 @@ def genomes(count, seed=0):
 
 
 def taught(count, fitness=fitness_of):
-    surrogate = Surrogate(Features(SPACE))
+    surrogate = Surrogate(Networks(SPACE))
     for genome in genomes(count):
         surrogate.add(genome, fitness(genome))
     return surrogate
@@ -68,7 +69,7 @@ def test_candidates_that_look_like_failures_come_last():
 def test_the_model_does_not_depend_on_when_it_was_asked():
     """A resumed search must meet the models that the interrupted one had."""
     candidates = genomes(30, 1)
-    often, once = Surrogate(Features(SPACE)), Surrogate(Features(SPACE))
+    often, once = Surrogate(Networks(SPACE)), Surrogate(Networks(SPACE))
     for genome in genomes(63):
         often.add(genome, fitness_of(genome))
         often.screen(candidates)
@@ -77,7 +78,7 @@ def test_the_model_does_not_depend_on_when_it_was_asked():
 
 
 def test_refits_become_rarer_than_every_fourth_tell():
-    surrogate = Surrogate(Features(SPACE))
+    surrogate = Surrogate(Networks(SPACE))
     genome = genomes(1)[0]
     fits = []
     for count in range(1, 1001):

@@ -10,23 +10,20 @@ import torch
 from safetensors.torch import load_file
 
 from dmi_hpc import checkpoint
+from dmi_hpc.agreement import steps_between
 from dmi_hpc.config import DataConfig, TrainConfig
 from dmi_hpc.data.build import Alone
 from dmi_hpc.data.loader import random_bits
 from dmi_hpc.engine import TorchEngine
 from dmi_hpc.errors import CheckpointError, DataError, Interrupted, RunError, TrialFailure
 from dmi_hpc.evaluate import score
+from dmi_hpc.models.build import build
 from dmi_hpc.models.spec import Activation, Dense, Dropout, NetworkSpec, Norm
 from dmi_hpc.problem import Problem, TargetScale
 from dmi_hpc.schedule import learning_rate
 from dmi_hpc.tasks import make_task
 from dmi_hpc.tasks.base import BuildContext
-from dmi_hpc.train import (
-    Job,
-    _steps_between,
-    _Training,
-    fit,
-)
+from dmi_hpc.train import Job, _Training, fit
 from dmi_hpc.world import World
 
 CONFIG = TrainConfig(
@@ -150,13 +147,11 @@ def test_a_last_batch_of_one_row_leaves_batch_statistics_alone(data, tmp_path):
     assert (result.steps, counts) == (4, [2])
 
 
-def test_padding_does_not_count_in_batch_statistics(data, monkeypatch):
+def test_padding_does_not_count_in_batch_statistics(data):
     """The last of two ranks has one row less: its network must not see the last one twice."""
-    monkeypatch.setattr(
-        "dmi_hpc.train.make_engine", lambda m, config, world: TorchEngine(m, config, World())
-    )
     job = job_of(data, config=CONFIG.model_copy(update={"batch_size": 5}))
-    training = _Training(replace(job, world=World(1, 2, 1, 2, "torchrun")), Watch(), None, print)
+    engine = TorchEngine(build(NETWORK), job.config, World())
+    training = _Training(replace(job, world=World(1, 2, 1, 2, "torchrun")), Watch(), engine)
     (rows, real), tensors = next(iter(training.loader.epoch(0)))
     assert (rows, real, len(tensors["inputs"])) == (5, 2, 3)
     seen, training._rate = [], 0.0
@@ -180,7 +175,7 @@ def test_a_stop_in_the_last_steps_of_an_epoch_comes_after_its_validation(data, t
     [(10, 0.1, 10), (10, 0.0, 10), (10, 2.0, 5), (1, 30.0, 1), (4, 1.0, 4)],
 )
 def test_ranks_agree_at_least_once_a_second(steps, seconds, interval):
-    assert _steps_between(steps, seconds) == interval
+    assert steps_between(steps, seconds) == interval
 
 
 def test_a_full_disk_ends_a_training_with_a_word_for_the_user(data, tmp_path, monkeypatch):
@@ -288,6 +283,40 @@ def test_scores_are_those_of_numpy():
     assert scores.rmse == pytest.approx(np.sqrt((error**2).mean()))
     assert scores.r2 == pytest.approx(1 - (error**2).sum() / ((truth - truth.mean()) ** 2).sum())
     assert scores.mae_percent == pytest.approx(100 * scores.mae / np.abs(truth).mean())
+
+
+@pytest.mark.parametrize("fails", ["make_loader", "restore", "write_json"])
+def test_the_engine_is_closed_whatever_fails(data, tmp_path, monkeypatch, fails):
+    """A process may train again, and DeepSpeed's engine holds memory and hooks until then."""
+    closed = []
+
+    class Closing(TorchEngine):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.settings = {"zero_optimization": {"stage": 0}}
+
+        def close(self):
+            closed.append(True)
+
+    def fail(*arguments):
+        raise RunError(f"{fails} fails")
+
+    fit(job_of(data, tmp_path / "checkpoints"), Watch(), resume=False, warn=print)
+    monkeypatch.setattr("dmi_hpc.train.make_engine", Closing)
+    monkeypatch.setattr(f"dmi_hpc.train.{fails}", fail)
+    with pytest.raises(RunError, match=f"{fails} fails"):
+        fit(job_of(data, tmp_path / "checkpoints"), Watch(), resume=True, warn=print)
+    assert closed == [True]
+
+
+def test_a_checkpoint_of_another_network_closes_the_engine_too(data, tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(TorchEngine, "close", lambda self: closed.append(True))
+    fit(job_of(data, tmp_path), Watch(), resume=False, warn=print)
+    other = NetworkSpec(input_shape=(8,), layers=(Dense(units=3),))
+    with pytest.raises(CheckpointError, match="expected"):
+        fit(job_of(data, tmp_path, network=other), Watch(), resume=True, warn=print)
+    assert closed == [True, True]
 
 
 def test_weights_of_another_network_are_refused(data, tmp_path):

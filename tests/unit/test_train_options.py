@@ -9,7 +9,8 @@ import torch
 from dmi_hpc import checkpoint
 from dmi_hpc.config import DataConfig, TrainConfig
 from dmi_hpc.data.build import Alone
-from dmi_hpc.errors import Interrupted, TrialFailure
+from dmi_hpc.engine.network import require_compiler
+from dmi_hpc.errors import Interrupted, LaunchError, TrialFailure
 from dmi_hpc.job import Job
 from dmi_hpc.models.spec import Activation, Dense, Dropout, NetworkSpec, Norm
 from dmi_hpc.problem import Problem
@@ -158,3 +159,19 @@ def test_decisions_are_told(data):
     said = " ".join(values["message"] for event, values in watch.events if event == "decision")
     assert "frozen: 0.weight, 0.bias" in said
     assert "engine torch" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own use of it
+def test_a_compiled_network_trains_to_the_same_losses(data, tmp_path, monkeypatch):
+    """Its last batch of an epoch has another size: the network is compiled for any."""
+    try:
+        require_compiler()
+    except LaunchError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    _, plain = trained(data)
+    _, compiled = trained(data, compile=True)
+    np.testing.assert_allclose(curve(compiled), curve(plain), rtol=1e-4)
+    assert list(tmp_path.rglob("*.so")), "nothing was compiled"

@@ -1,0 +1,74 @@
+"""Networks with their training hyper-parameters, as evolution sees them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from dmi_hpc.models.cost import cost
+from dmi_hpc.models.space import HyperValue, SearchSpace
+from search.base import Vector
+from search.genome import Genome, decode, founder_genome, from_json, structural_hash, to_json
+from search.operators import crossover, mutate, parametric
+from search.space import Features, random_genome, require_consistent
+
+
+class Networks:
+    """A task's `SearchSpace` as a ``search.base.Space``."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        defaults: Mapping[str, HyperValue] | None = None,
+        *,
+        max_flops: float | None = None,
+    ) -> None:
+        """defaults: hyper-parameters for founders that leave them open (the recipe's).
+
+        max_flops: of a forward pass of one sample. Raises NetworkError or RunError if the space or a
+        founder makes no sense.
+        """
+        require_consistent(space)
+        self.space, self._max_flops = space, max_flops
+        self._founders = [founder_genome(f, space, defaults or {}) for f in space.founders]
+        self._features = Features(space)
+
+    def founders(self) -> Sequence[Genome]:
+        return self._founders
+
+    def random(self, rng: np.random.Generator) -> Genome:
+        return random_genome(self.space, rng)
+
+    def mutated(self, parent: Genome, rng: np.random.Generator) -> Genome:
+        return mutate([parent], self.space, rng)
+
+    def crossed(self, first: Genome, second: Genome, rng: np.random.Generator) -> Genome:
+        return crossover([first, second], self.space, rng)
+
+    def stepped(self, parent: Genome, rng: np.random.Generator) -> Genome:
+        return parametric([parent], self.space, rng)
+
+    def identity(self, genome: Genome) -> str:
+        return structural_hash(genome, self.space)
+
+    def affordable(self, genome: Genome) -> bool:
+        limit = self._max_flops
+        return limit is None or cost(decode(genome, self.space.network)).flops <= limit
+
+    def features(self, genomes: Sequence[Genome]) -> Vector:
+        return self._features.matrix(genomes)
+
+    def to_json(self, genome: Genome) -> dict[str, Any]:
+        return to_json(genome)
+
+    def from_json(self, data: Mapping[str, Any]) -> Genome:
+        return from_json(data)
+
+    def fingerprint(self) -> str:
+        founders = [to_json(f) for f in self._founders]
+        content = [self.space.model_dump(mode="json"), founders, self._max_flops]
+        return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
