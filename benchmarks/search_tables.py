@@ -1,100 +1,116 @@
-"""Search algorithms on exhaustively trained tables: normalised regret, median over seeds.
+"""The search on exhaustively trained tables and a surrogate of hyper-parameters: normalised regret.
 
-    python benchmarks/search_tables.py TABLES [--seeds 10] [--workers 16]
+    python benchmarks/search_tables.py TABLES [--seeds 30] [--results FILE.jsonl] [--arms NAME ...]
 
-TABLES holds NAS-Bench-Graph and NAS-Bench-Macro as ``nbgraph_*.h5`` and ``macro_*.h5``. Workers are
-simulated. Regret = (best of table - found) / (best of table - median of table); lower is better.
-Table genomes are sets of categories, so these are hyper-parameters of an empty network here; they
-measure selection, duplicate removal and surrogate, not the operators on blocks.
+TABLES is a folder with ``nbgraph_*.h5`` (NAS-Bench-Graph), ``macro_*.h5`` (NAS-Bench-Macro) or
+``lcbench.onnx`` (YAHPO). Workers are simulated and asynchronous. Regret = (best of table - found) /
+(best - median); lower is better. FILE gets one line per problem, arm and seed; those it has already
+are not run again. `search_rivals.py` makes such lines of other optimisers and compares.
+
+Arms: ``ours`` sees what every optimiser sees, named parameters; ``ours+graphs`` the networks behind
+them, where they are known (isomorphic ones are one, features are of the graph). The others lack one
+part each.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
-import h5py
 import numpy as np
-
-from dmi_hpc.models.space import Choice, NetworkSpace, SearchSpace
-from search.evolve import Evolution, EvolutionConfig, Failure, Outcome, Success
-from search.genome import Genome
-from search.networks import Networks
-from search.simulate import simulate
+from searching.ours import Arm, Ours
+from searching.tables import Problem, problems, race
 
 BUDGETS = (50, 100, 200)
+EVALUATIONS = max(BUDGETS)
 ARMS = {
-    "random": {"surrogate": False, "initial": max(BUDGETS)},
-    "GA": {"surrogate": False},
-    "GA+SVM": {"surrogate": True},
+    "ours": Arm(),
+    "ours+graphs": Arm(graphs=True),
+    "without surrogate": Arm({"surrogate": False}),
+    "without exploration": Arm({"exploration": 0.0}),
+    "without crossover": Arm({"crossover": 0.0}),
+    "random": Arm({"surrogate": False, "initial": EVALUATIONS}),
 }
-NO_NETWORK = NetworkSpace(input_shape=(1,), dense_blocks=(0, 0))
 
 
-@dataclass(frozen=True)
-class Table:
-    """values: score by position of each gene; NaN where the network was invalid."""
-
-    values: np.ndarray
-
-    @property
-    def space(self) -> SearchSpace:
-        choices = {
-            f"gene{axis}": Choice(values=tuple(range(n)))
-            for axis, n in enumerate(self.values.shape)
-        }
-        return SearchSpace(network=NO_NETWORK, hyper=choices)
-
-    def evaluate(self, durations: np.random.Generator, genome: Genome) -> tuple[Outcome, float]:
-        score = float(self.values[tuple(value for _, value in genome.hyper)])
-        outcome: Outcome = Failure("invalid") if np.isnan(score) else Success(-score)
-        return outcome, float(durations.lognormal(0.0, 0.3))
-
-    def regret(self, fitness: float) -> float:
-        best, median = np.nanmax(self.values), np.nanmedian(self.values)
-        return (best + fitness) / (best - median)
+@cache
+def _problems(folder: Path) -> dict[str, Problem]:
+    return {problem.name: problem for problem in problems(folder)}
 
 
-def read_table(path: Path) -> Table:
-    with h5py.File(path) as file:
-        if "index" in file:
-            return Table(file["results"][:, 0].astype(float)[file["index"][...]])
-        genes, accuracy = file["genes"][...], file["mean_accuracy"][...]
-    values = np.full(genes.max(axis=0) + 1, np.nan)
-    values[tuple(genes.T)] = accuracy
-    return Table(values)
+def run(folder: Path, workers: int, job: tuple[str, str, int]) -> dict[str, Any]:
+    """One line of the results. job: problem, arm, seed."""
+    name, arm, seed = job
+    problem = _problems(folder)[name]
+    found = race(
+        Ours(problem, ARMS[arm], seed), problem, workers=workers, evaluations=EVALUATIONS, seed=seed
+    )
+    # an exhausted space has nothing better to offer
+    best = np.append(found.best, np.full(EVALUATIONS - len(found.best), found.best[-1]))
+    return {
+        "problem": name,
+        "group": problem.group,
+        "arm": arm,
+        "seed": seed,
+        "workers": workers,
+        "best": best.tolist(),
+        "regret": [problem.regret(score) for score in best],
+        "optimiser_s": found.optimiser_s,
+    }
 
 
-def regrets(table: Table, arm: str, workers: int, seed: int) -> list[float]:
-    """Regret of one search at each of BUDGETS."""
-    evolution = Evolution(Networks(table.space), EvolutionConfig(seed=seed, **ARMS[arm]))
-    evaluate: Callable = partial(table.evaluate, np.random.default_rng(seed))
-    best = simulate(evolution, evaluate, workers, max(BUDGETS)).best
-    return [table.regret(best[budget - 1]) for budget in BUDGETS]
+def read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def table(lines: Iterable[dict[str, Any]]) -> str:
+    """Mean regret over seeds of every problem and over problems of every group; ms per proposal."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        for where in (line["problem"], f"all {line['group']}"):
+            found.setdefault((where, line["arm"]), []).append(line)
+    rows = [f"| problem | arm | {' | '.join(map(str, BUDGETS))} | ms | runs |", "|---" * 7 + "|"]
+    for (where, arm), group in sorted(found.items()):
+        means = np.mean([[line["regret"][b - 1] for b in BUDGETS] for line in group], axis=0)
+        spent = 1e3 * np.mean([line["optimiser_s"] for line in group]) / EVALUATIONS
+        cells = [*(f"{mean:.3f}" for mean in means), f"{spent:.1f}", str(len(group))]
+        rows.append(f"| {where} | {arm} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tables", type=Path)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=30)
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--results", type=Path)
     options = parser.parse_args()
-    paths = [p for stem in ("nbgraph_*.h5", "macro_*.h5") for p in options.tables.glob(stem)]
-    if not paths:
-        parser.error(f"no nbgraph_*.h5 or macro_*.h5 in {options.tables}")
-    print(f"{'table':22}{'arm':9}" + "".join(f"{budget:>8}" for budget in BUDGETS))
+    try:
+        names = list(_problems(options.tables))
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    lines = read(options.results) if options.results else []
+    done = {(line["problem"], line["arm"], line["seed"]) for line in lines}
+    jobs = [
+        (name, arm, seed) for arm in options.arms for seed in range(options.seeds) for name in names
+    ]
     with ProcessPoolExecutor(options.processes) as pool:
-        for path in sorted(paths):
-            table = read_table(path)
-            for arm in ARMS:
-                run = partial(regrets, table, arm, options.workers)
-                medians = np.median(list(pool.map(run, range(options.seeds))), axis=0)
-                print(f"{path.stem:22}{arm:9}" + "".join(f"{value:8.3f}" for value in medians))
+        one = partial(run, options.tables, options.workers)
+        for line in pool.map(one, [job for job in jobs if job not in done]):
+            lines.append(line)
+            if options.results:
+                with options.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+    print(table(lines))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from dmi_hpc.errors import RecipeError
+from dmi_hpc.models.objectives import CostName, ObjectiveName
 from dmi_hpc.models.spec import Layer
 
 
@@ -189,8 +190,19 @@ class SearchConfig(Config):
     workers: int | Literal["auto"] = Field("auto", description="trials at once")
     epochs: int = Field(10, ge=1, description="of one trial")
     population: int = Field(16, ge=2)
-    initial: int = Field(12, ge=1, description="founders and random networks before breeding")
+    initial: int = Field(16, ge=1, description="founders and random networks before breeding")
     surrogate: bool = Field(True, description="SVM screening of children")
+    least_epochs: int | None = Field(
+        None, ge=1, description="a trial pauses after so many; only the best go on, up to `epochs`"
+    )
+    reduction: int = Field(4, ge=2, description="of so many trials that paused, one goes on")
+    inherit: bool = Field(False, description="a child begins with what fits of a parent's weights")
+    objectives: tuple[ObjectiveName, ...] = Field(
+        ("error",), description="what is minimised: error, and costs to be traded for it"
+    )
+    limits: Mapping[CostName, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="a network that costs more is not trained"
+    )
     time_limit_s: float | None = Field(None, gt=0, description="no new trial after it")
     trial_time_limit_s: float | None = Field(None, gt=0, description="a slower trial fails")
     max_flops: float | None = Field(
@@ -200,7 +212,38 @@ class SearchConfig(Config):
         "auto", description="a larger network is not started; auto: a worker's share"
     )
     trial_threads: int = Field(1, ge=1)
+    ranks: int = Field(1, ge=1, description="processes of one trial, each with its own device")
+    gpu_share: float = Field(
+        1.0, gt=0, le=1, description="of a GPU for one rank; several small networks share it"
+    )
     train: Mapping[str, Any] = Field({}, description="[train] keys that differ in trials")
+
+    @model_validator(mode="after")
+    def _error_first(self) -> SearchConfig:
+        if self.objectives[:1] != ("error",) or len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(
+                f"objectives are {', '.join(self.objectives) or 'none'}; expected error first, then "
+                "different costs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _comparable(self) -> SearchConfig:
+        if self.least_epochs is not None and self.least_epochs >= self.epochs:
+            raise ValueError(
+                f"least_epochs is {self.least_epochs}, expected fewer than epochs = {self.epochs}"
+            )
+        if self.ranks > 1 and (self.least_epochs is not None or self.inherit):
+            raise ValueError(
+                f"ranks = {self.ranks} with least_epochs or inherit: trials of several ranks neither "
+                "pause nor inherit; leave out one of the two"
+            )
+        if self.least_epochs is not None and len(self.objectives) > 1:
+            raise ValueError(
+                "least_epochs with several objectives: trials that pause are compared by their "
+                "errors alone; leave out one of the two"
+            )
+        return self
 
 
 class LaunchConfig(Config):
@@ -219,7 +262,7 @@ RESOURCES: Final[Mapping[str, set[str]]] = {
         *("engine", "zero_stage", "offload", "deepspeed", "activation_checkpointing", "compile"),
         *("noise_scale", "device"),
     },
-    "search": {"workers", "time_limit_s", "evaluations", "trial_memory_GB"},
+    "search": {"workers", "gpu_share", "time_limit_s", "evaluations", "trial_memory_GB"},
     "launch": {"ranks"},
 }
 

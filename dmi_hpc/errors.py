@@ -23,7 +23,7 @@ EXIT_INTERRUPTED = 75
 # schedulers, terminals and users ask for a stop by these
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-FailureKind = Literal["invalid", "memory", "nan", "timeout", "exception", "lost"]
+FailureKind = Literal["invalid", "memory", "nan", "timeout", "exception", "lost", "limit"]
 
 
 class DMIError(ValueError):

@@ -131,11 +131,14 @@ def _safetensors(network: nn.Module, model: Model, path: Path) -> None:
 def _program(network: nn.Module, model: Model) -> torch.export.ExportedProgram:
     """The network as a graph for any number of rows."""
     rows = torch.export.Dim("rows", min=1, max=2**31 - 1)
-    return torch.export.export(
-        InFieldUnits(network, model.scale),
-        (_example(model, _TRACED_ROWS),),
-        dynamic_shapes={"inputs": {0: rows}},
-    )
+    with warnings.catch_warnings():
+        # GRU and LSTM hold their weights in a list, too
+        warnings.filterwarnings("ignore", r".*_flat_weights", UserWarning)
+        return torch.export.export(
+            InFieldUnits(network, model.scale),
+            (_example(model, _TRACED_ROWS),),
+            dynamic_shapes={"inputs": {0: rows}},
+        )
 
 
 def _torch(network: nn.Module, model: Model, path: Path) -> None:

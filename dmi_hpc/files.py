@@ -116,6 +116,14 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
             mine = os.path.samestat(os.fstat(handle), path.lstat())
         except (BlockingIOError, FileNotFoundError):
             mine = False
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            raise RunError(
+                f"{folder}: its file system has no file locks ({error}), so nobody could tell whether "
+                f"another {what} runs here. Choose a folder on another one, or have it mounted with "
+                "flock"
+            ) from error
         if not mine:  # held, or its holder has just left and removed it
             raise RunError(f"{folder}: another {what} is running here")
         try:

@@ -33,6 +33,7 @@ from dmi_hpc.tasks.base import Array
 from dmi_hpc.watch import console
 from dmi_hpc.world import World
 
+ENSEMBLE = "ensemble.json"  # of a folder with several
 BATCH_BYTES = 1e9  # activations of one batch of predictions
 _DIGITS = 7  # what float32 holds
 
@@ -80,6 +81,10 @@ def load(path: Path | str, *, device: torch.device | str | None = None) -> Model
         return Model(
             task, spec.scale, module, rows, spec.network, spec.checkpoint, spec.data, spec.metrics
         )
+    if (folder / ENSEMBLE).exists():
+        from dmi_hpc.ensemble import load_ensemble  # which loads its members by this function
+
+        return load_ensemble(folder, where)
     if (folder / checkpoint.META).exists():
         return _of_checkpoint(folder, checkpoint.read_meta(folder), where)
     if not (folder / "run.json").exists():

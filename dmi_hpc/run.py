@@ -25,7 +25,7 @@ import psutil
 from dmi_hpc.config import Recipe, parse
 from dmi_hpc.data.manifest import read_manifest, require_identity
 from dmi_hpc.errors import RunError
-from dmi_hpc.files import write_json, writing
+from dmi_hpc.files import TEMP_PREFIX, write_json, writing
 from dmi_hpc.models.spec import NetworkSpec
 
 FORMAT_VERSION = 1
@@ -71,7 +71,7 @@ def open_run(folder: Path, recipe: Recipe | None = None) -> Run:
         if recipe is None:
             raise RunError(f"{folder}: no run here (no run.json). Start one with: dmi train RECIPE")
         with writing(folder):
-            if folder.exists() and any(p.name != "logs" for p in folder.iterdir()):
+            if folder.exists() and any(_foreign(p) for p in folder.iterdir()):
                 raise RunError(
                     f"{folder}: the folder is not empty and holds no run; choose another --out"
                 )
@@ -89,6 +89,11 @@ def open_run(folder: Path, recipe: Recipe | None = None) -> Run:
     with writing(folder):
         write_json(identity, {**content, "recipe": recipe.model_dump(mode="json")})
     return Run(folder, recipe)
+
+
+def _foreign(path: Path) -> bool:
+    """Not of a run that begins: islands of a search may begin it together."""
+    return path.name not in ("logs", "run.json") and not path.name.startswith(TEMP_PREFIX)
 
 
 def _read(identity: Path) -> dict[str, Any]:

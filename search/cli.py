@@ -1,4 +1,4 @@
-"""``dmi search``: from a recipe to winner.json."""
+"""``dmi search``: from a recipe to winner.json; ``dmi search COMMAND``: see ``search.commands``."""
 
 from __future__ import annotations
 
@@ -9,72 +9,155 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from dmi_hpc import knobs
-from dmi_hpc.cli.options import Out, RecipeFile, Resume, new_app, run_of
+from dmi_hpc.cli.options import Out, Resume, run_of
 from dmi_hpc.data.manifest import read_manifest
 from dmi_hpc.errors import EXIT_INTERRUPTED, DataError, Interrupted, RunError
 from dmi_hpc.files import exclusive
 from dmi_hpc.problem import Problem
-from dmi_hpc.run import Run, record_command
+from dmi_hpc.run import Run, open_run, record_command
 from dmi_hpc.tasks import make_task
+from dmi_hpc.tasks.base import Task
 from dmi_hpc.watch import StopFlag, console, progress_bar, say, stop_on_signals
 from dmi_hpc.world import detect
-from search.driver import Driver
+from search.commands import TOOLS, Group
+from search.driver import Driver, Start, founder_defaults
 from search.environment import ray_environment, with_absolute_import_paths
+from search.history import JOURNAL, MAIN, home
+from search.islands import require_name
+from search.warm import founders_from
 
-app = new_app()
+app = typer.Typer(
+    cls=Group,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 SHOW_EVERY_S = 0.5
 WATCH_EVERY_S = 1.0
 LEAVE_AFTER_S = 5.0  # of a stop signal: well inside the 30 s that schedulers give
 
+RecipeOrRun = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="recipe (TOML), or the run folder of an old search")
+]
+Island = Annotated[
+    str | None, typer.Option(help="name of this search beside others of the same run, elsewhere")
+]
+From = Annotated[
+    list[Path] | None,
+    typer.Option("--from", help="run whose best networks are tried first; may be repeated"),
+]
+LargerSpace = Annotated[
+    bool, typer.Option("--larger-space", help="with --resume: the task's space has grown since")
+]
 
-@app.command()
-def search(recipe: RecipeFile, out: Out = None, resume: Resume = False) -> None:
+
+@app.callback()
+def _group() -> None:
+    """Search the task's space for the network with the lowest validation error.
+
+    `dmi search RECIPE` is short for `dmi search run RECIPE`; the other commands look at a search or
+    steer it, from any machine that sees its run folder.
+    """
+
+
+@app.command(name="run")
+def search(
+    recipe: RecipeOrRun,
+    out: Out = None,
+    resume: Resume = False,
+    island: Island = None,
+    sources: From = None,
+    larger_space: LargerSpace = False,
+) -> None:
     """Search the task's space for the network with the lowest validation error.
 
     Every evaluation is in RUN/search/journal.jsonl; after an interruption of any kind, --resume
-    continues and repeats none that had finished.
+    continues and repeats none that had finished. With --island, in RUN/search/islands/NAME.
     """
     if not detect().is_first:
         sys.stderr.write(
             "this rank is not needed: rank 0 drives the search, its workers are Ray's\n"
         )
         return
-    run = run_of(recipe, out)
-    if (run.search / "journal.jsonl").exists() and not resume:
+    if island is not None:
+        require_name(island)
+    run = _run_of(recipe, out)
+    if island is not None and run.recipe.search.least_epochs is not None:
         raise RunError(
-            f"{run.search}: a search is here already; --resume continues it, or choose another --out"
+            "--island with [search] least_epochs: islands do not know how far the others' trials came; "
+            "leave out one of the two"
         )
+    folder = home(run.search, island or MAIN)
+    exists = (folder / JOURNAL).exists()
+    if exists and not resume:
+        raise RunError(
+            f"{folder}: a search is here already; --resume continues it, or choose another --out"
+        )
+    if exists and sources:
+        raise RunError(f"{folder}: --from is for the beginning of a search, and this one has begun")
     if not (run.data / "manifest.json").exists():
         raise DataError(f"{run.data}: no data set. First: dmi data build RECIPE --out {run.folder}")
-    Problem.open(make_task(run.recipe.task), run.data)  # once for all workers
-    record_command(run)
-    with exclusive(run.search, "search"), stop_on_signals() as stop:
-        _search(run, stop)
-
-
-def _search(run: Run, stop: StopFlag) -> None:
     task = make_task(run.recipe.task)
-    driver = Driver(
-        run.recipe,
-        task.space(),
-        run.search,
-        data=read_manifest(run.data).identity,
+    Problem.open(task, run.data)  # once for all workers
+    space = task.space()
+    founders = (
+        founders_from(sources, space, founder_defaults(space, run.recipe.train)) if sources else ()
     )
+    record_command(run)
+    with exclusive(folder, "search"), stop_on_signals() as stop:
+        _search(run, task, Start(island or MAIN, founders, larger_space), stop)
+
+
+def _run_of(place: Path, out: Path | None) -> Run:
+    """Of a recipe, or of a run folder, which has its own."""
+    if not place.is_dir():
+        return run_of(place, out)
+    if out is not None:
+        raise RunError(
+            f"{place}: a run folder has its recipe: leave --out away, or give a recipe file"
+        )
+    return open_run(place.resolve())
+
+
+def _search(run: Run, task: Task, start: Start, stop: StopFlag) -> None:
+    identity = read_manifest(run.data).identity
+    driver = Driver(run.recipe, task.space(), run.search, data=identity, start=start)
+    for warning in driver.warnings:
+        console().print(f"warning: {warning}", markup=False)
     if not driver.done:
-        _run(run, driver, task.quantity.unit, stop)
-    if not driver.done:
-        raise Interrupted(f"{driver.progress.finished} of {driver.progress.budget} evaluations")
+        _run_session(run, driver, task.quantity.unit, stop)
     path = driver.write_winner()
-    best = driver.evolution.best()
+    best = driver.halving.best()
     assert best is not None  # write_winner has refused otherwise
-    failed = sum(driver.progress.failures.values())
+    progress = driver.progress
+    failed = sum(progress.failures.values())
+    elsewhere = f", {progress.elsewhere} on other islands" if progress.elsewhere else ""
+    asked = "stopped as asked: " if driver.stopped else ""
     say(
-        f"{driver.progress.finished} evaluations ({failed} failed): best validation MAE "
-        f"{best[1]:.4g} {task.quantity.unit} by network {best[0]}, in {path}"
+        f"{asked}{progress.finished} evaluations ({failed} failed){elsewhere}: best validation MAE "
+        f"{best[1]:.4g} {task.quantity.unit} by network {driver.name_of(best[0])}, in {path}"
     )
+
+
+def _run_session(run: Run, driver: Driver, unit: str, stop: StopFlag) -> None:
+    """Evaluate until nothing is left; how it ended is in the journal. Raises Interrupted."""
+    try:
+        _run(run, driver, unit, stop)
+        if not driver.done:
+            raise Interrupted(f"{driver.progress.finished} of {driver.progress.budget} evaluations")
+    except Interrupted:
+        if not driver.stopped or stop:
+            driver.end("interrupted")
+            raise
+    driver.end("stopped" if driver.stopped else "finished")
 
 
 def _run(run: Run, driver: Driver, unit: str, stop: StopFlag) -> None:
@@ -83,21 +166,35 @@ def _run(run: Run, driver: Driver, unit: str, stop: StopFlag) -> None:
     with_absolute_import_paths()
     os.chdir(run.search)
     with ray_environment() as folder:
+        from search.capacity import Shape
         from search.tune import TrialContext, cluster, run_trials
 
         search = run.recipe.search
-        with cluster(search, folder) as found, _watched(driver, found.alive) as leave:
+        shape = Shape(search.trial_threads, search.ranks, search.gpu_share)
+        with cluster(search, folder, shape) as found, _watched(driver, found.alive) as leave:
             # Ray has put a handler over ours that dumps and dies
             stop.arm(leave)
-            driver.start(found.workers, found.trial_memory_GB)
+            driver.start(found.workers, found.trial_memory_GB, {"unit": unit})
             device = "GPU" if found.gpus else "main"
             console().print(
                 f"{found.workers} workers; a trial may use {found.trial_memory_GB:.3g} GB of "
                 f"{device} memory"
             )
-            context = TrialContext(run.recipe, data, folder, found.trial_memory_GB)
+            context = TrialContext(
+                run.recipe,
+                data,
+                folder,
+                found.trial_memory_GB,
+                ranks=search.ranks,
+                gpu_share=search.gpu_share,
+                kept=driver.folder,
+            )
             with _Display(driver, unit) as display:
-                run_trials(driver, context, found, display.show, lambda: bool(stop))
+
+                def halted() -> bool:
+                    return bool(stop) or driver.stopped_now
+
+                run_trials(driver, context, found, display.show, halted)
 
 
 @contextmanager
@@ -124,7 +221,8 @@ def _watched(driver: Driver, alive: Callable[[], bool]) -> Iterator[Callable[[],
     try:
         yield leaving.set
     except Interrupted:
-        leaving.set()  # shutting Ray down may hang too
+        if not driver.stopped_now:
+            leaving.set()  # shutting Ray down may hang too
         raise
     finally:
         if not leaving.is_set():
@@ -139,6 +237,7 @@ class _Display:
         self._bar = progress_bar(self._out, remaining=False)  # the note has a better one
         self._line = self._bar.add_task("search", total=driver.progress.budget, note="")
         self._shown_at, self._printed = 0.0, 0
+        self._warned = set(driver.warnings)  # said already
 
     def __enter__(self) -> _Display:
         self._bar.start()
@@ -151,8 +250,12 @@ class _Display:
 
     def note(self) -> str:
         """running, failed, best so far, worker utilisation, time left."""
-        p, best = self._driver.progress, self._driver.evolution.best()
+        p, best = self._driver.progress, self._driver.halving.best()
         parts = [f"{p.running} running", f"{sum(p.failures.values())} failed"]
+        if p.elsewhere:
+            parts.append(f"{p.elsewhere} on other islands")
+        if self._driver.stopped:
+            parts.append("stopping as asked")
         if best is not None:
             parts.append(f"best {best[1]:.4g} {self._unit}")
         parts.append(f"workers {100 * p.utilisation:.0f} % busy")
@@ -165,8 +268,18 @@ class _Display:
         if now - self._shown_at < SHOW_EVERY_S:
             return
         self._shown_at = now
-        self._bar.update(self._line, completed=p.finished, note=self.note())
+        self._driver.attend()
+        for warning in self._driver.warnings:
+            if warning not in self._warned:
+                self._warned.add(warning)
+                self._out.print(f"warning: {warning}", markup=False)
+        done = p.finished + p.elsewhere
+        self._bar.update(self._line, completed=done, total=p.budget, note=self.note())
         tenth = max(1, p.budget // 10)
-        if not self._out.is_terminal and p.finished // tenth > self._printed:
-            self._printed = p.finished // tenth
-            self._out.print(f"search {p.finished}/{p.budget}  {self.note()}")
+        if not self._out.is_terminal and done // tenth > self._printed:
+            self._printed = done // tenth
+            self._out.print(f"search {done}/{p.budget}  {self.note()}")
+
+
+for _tool in TOOLS:
+    app.command()(_tool)

@@ -6,102 +6,180 @@ the journal before it has an effect, so that kill -9 loses only trials in flight
 
 from __future__ import annotations
 
+import gc
+import json
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dmi_hpc.config import Recipe, TrainConfig
+from dmi_hpc.config import Recipe, SearchConfig, TrainConfig
 from dmi_hpc.data.manifest import require_identity
 from dmi_hpc.errors import RunError
 from dmi_hpc.files import write_json
 from dmi_hpc.models.space import HyperValue, SearchSpace
+from search.control import Control, read_control
 from search.evolve import Evolution, EvolutionConfig, Failure, Proposal, SpaceExhausted
+from search.fidelity import Halving, Rungs, Stage, ladder
 from search.genome import Genome, decode, to_json
+from search.history import JOURNAL, MAIN, home
+from search.islands import Islands, island_seed
 from search.journal import Journal, replay
+from search.kept import Kept
 from search.networks import Networks
-from search.trial import TrialOutcome
+from search.progress import Progress
+from search.trial import Assignment, Goal, TrialOutcome
+from search.warm import Founder
 
 LOSSES = 2  # of its worker, until a network counts as the cause
+LOOK_S = 1.0  # between looks at what the user wants
 
 
-@dataclass
-class Progress:
-    """Counts for the terminal. Worker seconds are of this session, without resumed history."""
+@dataclass(frozen=True)
+class Start:
+    """How a search begins. island: its name; founders: known good networks, evaluated first;
+    larger_space: its journal may be of a space that this one contains."""
 
-    budget: int
-    workers: int = 1
-    finished: int = 0
-    failures: Counter[str] = field(default_factory=Counter)
-    running: int = 0
-    busy_s: float = 0.0
-    session_finished: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self.started
-
-    @property
-    def utilisation(self) -> float:
-        """Share of worker time spent inside finished evaluations."""
-        return self.busy_s / (self.workers * max(self.elapsed_s, 1e-9))
-
-    @property
-    def remaining_s(self) -> float | None:
-        if not self.session_finished:
-            return None
-        return self.elapsed_s / self.session_finished * (self.budget - self.finished)
+    island: str = MAIN
+    founders: Sequence[Founder] = ()
+    larger_space: bool = False
 
 
 class Driver:
-    """One search in `folder`: new, or continued from its journal."""
+    """One search in `folder` (``RUN/search``), or an island of it: new, or continued."""
 
-    def __init__(self, recipe: Recipe, space: SearchSpace, folder: Path, *, data: str = "") -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        space: SearchSpace,
+        folder: Path,
+        *,
+        data: str = "",
+        start: Start | None = None,
+    ) -> None:
         """data: identity of the shard set; DataError if the journal is of another one.
 
-        Nothing is written before `start`.
+        Nothing is written before `start`, but a journal's change to a larger space.
         """
-        search = recipe.search
-        self.space, self.folder, self._limit_s = space, folder, search.time_limit_s
-        self.evolution = Evolution(
-            Networks(space, founder_defaults(space, recipe.train), max_flops=search.max_flops),
-            EvolutionConfig(
-                seed=recipe.seed,
-                population=search.population,
-                initial=search.initial,
-                surrogate=search.surrogate,
-            ),
-        )
+        search, self._start = recipe.search, start or Start()
+        self.island = self._start.island
+        self.space, self._search, self._limit_s = space, folder, search.time_limit_s
+        self.folder = home(folder, self.island)
+        self.evolution = _evolution(recipe, space, self.island)
+        self._objectives = search.objectives
+        self.halving = Halving(self.evolution, _rungs(search))
+        self._inherit, self._kept = search.inherit, Kept(self.folder)
         self.progress = Progress(search.evaluations)
         self._losses: Counter[int] = Counter()
         self._data = data
-        self._pending: deque[Proposal[Genome]] = deque()
-        self._asked = 0
-        self.journal = Journal(folder / "journal.jsonl")
+        self._pending: deque[Stage[Genome]] = deque()
+        self.journal = Journal(self.folder / JOURNAL)
         if self.journal.path.exists():
-            self.journal = Journal.open(self.journal.path)
-            recorded = self.journal.header().get("config", {}).get("data", "")
-            require_identity(recorded, data, maker=f"{self.journal.path}")
-            self._pending.extend(replay(self.journal, self.evolution))
-        told = self.evolution.outcomes.values()
-        self._asked = self.progress.finished = len(told)
+            self._continue()
+        self._islands = Islands(folder, self.island, self.evolution, data)
+        told = [o for number, o in self.evolution.outcomes.items() if number >= 0]
+        self.progress.finished = len(told)
+        self._new_ones: set[int] = set()  # that run: not those that paused and go on
         self.progress.failures.update(o.kind for o in told if isinstance(o, Failure))
-        self._exhausted = False
+        self._exhausted = self._started = False
+        self._stopped: str | None = None  # how
+        self._stop_seen = read_control(folder).stop
+        self._look_at = 0.0
+        self.attend()
 
-    def start(self, workers: int, trial_memory_GB: float) -> None:
-        """Begin a session: the journal's header, or a resume, with what this machine has."""
-        facts = {"workers": workers, "trial_memory_GB": trial_memory_GB}
+    def _continue(self) -> None:
+        self.journal = Journal.open(self.journal.path)
+        recorded = self.journal.header().get("config", {}).get("data", "")
+        require_identity(recorded, self._data, maker=f"{self.journal.path}")
+        larger = self._start.larger_space
+        replay(self.journal, self.evolution, halving=self.halving, larger_space=larger)
+        self._pending.extend(self.halving.pending())
+        gc.collect()
+        gc.freeze()  # a full collection of 10,000 networks would take 150 ms, time and again
+
+    def start(
+        self, workers: int, trial_memory_GB: float, facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Begin a session: the journal's header, or a resume, with what this machine has.
+
+        facts: more for the record, plain data.
+        """
+        record = {"workers": workers, "trial_memory_GB": trial_memory_GB, **(facts or {})}
+        record["evaluations"] = self.progress.budget
+        record["objectives"] = list(self._objectives)
         if self.journal.path.exists():
-            self.journal.resumed(facts)
+            constants = self.evolution.config.model_dump(mode="json", exclude={"seed"})
+            self.journal.resumed({**constants, **record})
         else:
-            facts_and_data = {**facts, "data": self._data}
-            self.journal = Journal.create(self.journal.path, self.evolution, facts_and_data)
+            record["data"] = self._data
+            self.journal = Journal.create(self.journal.path, self.evolution, record)
+            self._plant()
+        self._started = True
         self.progress.workers = workers
+        self.attend()
+
+    def _plant(self) -> None:
+        """Known good networks of other searches are proposed before anything else."""
+        for number, founder in enumerate(self._start.founders):
+            identity = self.evolution.space.identity(founder.genome)
+            proposal = Proposal(number, founder.genome, "founder", (), identity)
+            self.journal.ask(proposal, to_json(founder.genome), source=dict(founder.source))
+            self._pending.append(self.halving.restore_ask(proposal))
+
+    def attend(self) -> None:
+        """Now and then: what the user wants (stop, larger budget), and what other islands found."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            self._look()
+        self._islands.poll()
+        if self._started:
+            self._islands.exchange(self.journal)
+        self.progress.elsewhere = self._islands.finished
+
+    def _look(self) -> None:
+        try:
+            self._obey(read_control(self._search))
+        except (OSError, RunError):
+            # a network file system has such moments, and a damaged file is told by the commands
+            return
+
+    def _obey(self, control: Control) -> None:
+        if control.stop != self._stop_seen:  # not one of before this session
+            self._stopped = control.how
+        if control.evaluations > self.progress.budget:
+            self.progress.budget = control.evaluations
+            if self._started:
+                self.journal.record("extend", evaluations=control.evaluations)
+
+    def end(self, why: str) -> None:
+        """Record that the session ends: finished, stopped or interrupted."""
+        if self._started:
+            self.journal.record("end", why=why)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know: damaged lines, journals that are not taken note of."""
+        damaged = self.journal.damaged
+        lines = ", ".join(map(str, damaged[:10])) + (", ..." if len(damaged) > 10 else "")
+        found = [f"{self.journal.path}: damaged and passed over: line {lines}"] if damaged else []
+        return found + list(self._islands.refused.values())
 
     @property
     def out_of_time(self) -> bool:
         return self._limit_s is not None and self.progress.elapsed_s > self._limit_s
+
+    @property
+    def stopped(self) -> bool:
+        """The user wants no further trial (``dmi search stop``)."""
+        return self._stopped is not None
+
+    @property
+    def stopped_now(self) -> bool:
+        """... and none of those that run to go on."""
+        return self._stopped == "now"
 
     @property
     def done(self) -> bool:
@@ -109,45 +187,97 @@ class Driver:
         p = self.progress
         if p.running:
             return False
+        begun = self._promotable or any(stage.rung for stage in self._pending)
         exhausted = self._exhausted and not self._pending
-        return p.finished >= p.budget or self.out_of_time or exhausted
+        over = self.out_of_time or self.stopped
+        return over or (not begun and (self._spent or exhausted))
+
+    @property
+    def _promotable(self) -> bool:
+        return self.halving.rungs.next_promotion() is not None
+
+    @property
+    def _spent(self) -> bool:
+        """Whether the budget has no place for a further network; what was begun may go on."""
+        p = self.progress
+        return p.finished + p.elsewhere + len(self._new_ones) >= p.budget
 
     def next_proposal(self) -> Proposal[Genome] | None:
-        """The next network to evaluate: one that was interrupted first.
+        """What to do next: what was interrupted, a paused trial that goes on, or a new network.
 
-        None while there is none: for good if `done`, else until a running one is lost.
+        No island has evaluated it yet. None while there is none: for good if `done`, else until a
+        running one ends.
         """
-        if self._asked >= self.progress.budget or self.out_of_time:
-            return None
-        proposal = self._pending.popleft() if self._pending else self._new()
-        if proposal is not None:
-            self._asked += 1
-            self.progress.running += 1
-        return proposal
+        self.attend()
+        while not (self.out_of_time or self.stopped):
+            stage = self._interrupted() or self._begun()
+            if stage is None:
+                break
+            proposal = stage.proposal
+            known = None if stage.rung else self._islands.known(proposal.hash)
+            if known is None:
+                if not stage.rung:
+                    self._new_ones.add(proposal.id)
+                self.progress.running += 1
+                return proposal
+            self.journal.tell(proposal.id, known.outcome, 0.0, {"evaluated_as": known.name})
+            self.halving.tell(proposal.id, known.outcome)
+        return None
 
-    def _new(self) -> Proposal[Genome] | None:
+    def _interrupted(self) -> Stage[Genome] | None:
+        wanted = next((s for s in self._pending if s.rung or not self._spent), None)
+        if wanted is not None:
+            self._pending.remove(wanted)
+        return wanted
+
+    def _begun(self) -> Stage[Genome] | None:
+        """A stage that nobody has asked for yet, in the journal."""
+        if self._spent and not self._promotable:
+            return None
         try:
-            proposal = self.evolution.ask()
+            stage = self.halving.ask()
         except SpaceExhausted:
             self._exhausted = True
             return None
-        self.journal.ask(proposal, to_json(proposal.genome))
-        return proposal
+        if stage.rung:
+            self.journal.record("promote", id=stage.proposal.id, rung=stage.rung)
+        else:
+            self.journal.ask(stage.proposal, to_json(stage.proposal.genome))
+        return stage
+
+    def assignment(self, number: int) -> Assignment | None:
+        """How far proposal `number` is to be trained now, and from what; None: in one go."""
+        rungs, stage = self.halving.rungs, self.halving.stage(number)
+        if not (rungs.top or self._inherit):
+            return None
+        parents = stage.proposal.parents if self._inherit else ()
+        goal = Goal(rungs.budgets[stage.rung]) if stage.rung < rungs.top else None
+        return Assignment(number, goal, parents)
 
     def finished(self, number: int, outcome: TrialOutcome) -> None:
         """Record the outcome of proposal `number`."""
-        told = outcome.told
-        self.journal.tell(number, told, outcome.seconds, outcome.metrics)
-        self.evolution.tell(number, told)
+        told, rung = outcome.told, self.halving.stage(number).rung
+        metrics = {**outcome.metrics, "rung": rung} if self.halving.rungs.top else outcome.metrics
+        self.journal.tell(number, told, outcome.seconds, metrics)
+        self.halving.tell(number, told)
         p = self.progress
-        p.running, p.finished, p.session_finished = (
-            p.running - 1,
-            p.finished + 1,
-            p.session_finished + 1,
-        )
+        p.running -= 1
         p.busy_s += outcome.seconds
+        if not rung:
+            self._new_ones.discard(number)
+            p.finished, p.session_finished = p.finished + 1, p.session_finished + 1
         if isinstance(told, Failure):
             p.failures[told.kind] += 1
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """On disk stay checkpoints of what runs or will go on soon, and weights to inherit."""
+        if not (self.halving.rungs.top or self._inherit):
+            return
+        running = {stage.proposal.id for stage in self.halving.pending()}
+        parents = {parent for n in running for parent in self.evolution.proposals[n].parents}
+        kept = running | set(self.halving.rungs.next_in_line(self.evolution.config.population))
+        self._kept.prune(kept, {*parents, *self.evolution.breeding} if self._inherit else ())
 
     def lost(self, number: int, failure: Failure, seconds: float) -> None:
         """The worker of proposal `number` died. The first time it is asked again, under its number:
@@ -160,36 +290,80 @@ class Driver:
 
     def again(self, number: int) -> None:
         """Proposal `number` was not evaluated, through no fault of its own: it is the next one."""
-        self._pending.appendleft(self.evolution.proposals[number])
-        self._asked -= 1
+        self._pending.appendleft(self.halving.stage(number))
+        self._new_ones.discard(number)
         self.progress.running -= 1
 
     def write_winner(self) -> Path:
         """winner.json: the best network and its hyper-parameters. RunError if every trial failed."""
-        best = self.evolution.best()
+        best = self.halving.best()
         if best is None:
             kinds = ", ".join(f"{n} {kind}" for kind, n in self.progress.failures.items())
             raise RunError(
-                f"{self.journal.path}: no network could be evaluated ({kinds}); the journal holds the "
-                "message of each"
+                f"{self.journal.path}: no network could be evaluated ({kinds or 'none was tried'}); "
+                "the journal holds the message of each"
             )
-        number, fitness = best
-        proposal = self.evolution.proposals[number]
+        content = self._described(*best)
         path = self.folder / "winner.json"
-        write_json(
-            path,
-            {
-                "id": number,
-                "fitness": fitness,
-                "origin": proposal.origin,
-                "parents": list(proposal.parents),
-                "genome": to_json(proposal.genome),
-                "network": decode(proposal.genome, self.space.network).model_dump(mode="json"),
-                "hyper": dict(proposal.genome.hyper),
-                "data": self._data,
-            },
-        )
+        write_json(path, content)
+        shared = self._search / "winner.json"  # what training takes
+        if not shared.exists() or content["fitness"] <= json.loads(shared.read_text())["fitness"]:
+            write_json(shared, content)
         return path
+
+    def name_of(self, number: int) -> str:
+        """A proposal as the commands name it: the id, on an island with the island's name."""
+        island, number = self._home_of(number)
+        return str(number) if island == MAIN else f"{island}:{number}"
+
+    def _home_of(self, number: int) -> tuple[str, int]:
+        """(island, id there) of a proposal: a migrant was made elsewhere."""
+        if number >= 0:
+            return self.island, number
+        events = self.journal.events()
+        source = next(e["from"] for e in events if e["event"] == "migrant" and e["id"] == number)
+        return source["island"], source["id"]
+
+    def _described(self, number: int, fitness: float) -> dict[str, Any]:
+        """A network of this search, or of the island that it came from, as plain data."""
+        proposal = self.evolution.proposals[number]
+        island, number = self._home_of(number)
+        return {
+            "id": number,
+            "fitness": fitness,
+            "origin": proposal.origin,
+            "parents": list(proposal.parents),
+            "genome": to_json(proposal.genome),
+            "network": decode(proposal.genome, self.space.network).model_dump(mode="json"),
+            "hyper": dict(proposal.genome.hyper),
+            "data": self._data,
+            **({} if island == MAIN else {"island": island}),
+        }
+
+
+def _evolution(recipe: Recipe, space: SearchSpace, island: str) -> Evolution[Genome]:
+    search, defaults = recipe.search, founder_defaults(space, recipe.train)
+    return Evolution(
+        Networks(
+            space,
+            defaults,
+            max_flops=search.max_flops,
+            limits=search.limits,
+            batch_size=recipe.train.batch_size,
+        ),
+        EvolutionConfig(
+            seed=island_seed(recipe.seed, island),
+            population=search.population,
+            initial=search.initial,
+            surrogate=search.surrogate,
+        ),
+    )
+
+
+def _rungs(search: SearchConfig) -> Rungs:
+    if search.least_epochs is None:
+        return Rungs((search.epochs,), search.reduction)
+    return Rungs(ladder(search.least_epochs, search.epochs, search.reduction), search.reduction)
 
 
 def founder_defaults(space: SearchSpace, train: TrainConfig) -> dict[str, HyperValue]:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from dmi_hpc.models.cost import cost
+from dmi_hpc.models.objectives import CostName, broken, known_costs
 from dmi_hpc.models.space import HyperValue, SearchSpace
 from search.base import Vector
+from search.features import Features
 from search.genome import Genome, decode, founder_genome, from_json, structural_hash, to_json
 from search.operators import crossover, mutate, parametric
-from search.space import Features, random_genome, require_consistent
+from search.space import random_genome, require_consistent
 
 
 class Networks:
@@ -26,6 +27,8 @@ class Networks:
         defaults: Mapping[str, HyperValue] | None = None,
         *,
         max_flops: float | None = None,
+        limits: Mapping[CostName, float] | None = None,
+        batch_size: int = 1,
     ) -> None:
         """defaults: hyper-parameters for founders that leave them open (the recipe's).
 
@@ -34,6 +37,7 @@ class Networks:
         """
         require_consistent(space)
         self.space, self._max_flops = space, max_flops
+        self._limits, self._batch_size = dict(limits or {}), batch_size
         self._founders = [founder_genome(f, space, defaults or {}) for f in space.founders]
         self._features = Features(space)
 
@@ -56,8 +60,10 @@ class Networks:
         return structural_hash(genome, self.space)
 
     def affordable(self, genome: Genome) -> bool:
-        limit = self._max_flops
-        return limit is None or cost(decode(genome, self.space.network)).flops <= limit
+        batch_size = int(dict(genome.hyper).get("batch_size") or self._batch_size)
+        costs = known_costs(decode(genome, self.space.network), batch_size)
+        within = self._max_flops is None or costs["flops"] <= self._max_flops
+        return within and not broken(self._limits, costs)
 
     def features(self, genomes: Sequence[Genome]) -> Vector:
         return self._features.matrix(genomes)
@@ -70,5 +76,7 @@ class Networks:
 
     def fingerprint(self) -> str:
         founders = [to_json(f) for f in self._founders]
-        content = [self.space.model_dump(mode="json"), founders, self._max_flops]
+        content: list[Any] = [self.space.model_dump(mode="json"), founders, self._max_flops]
+        if self._limits:  # journals from before there were limits keep their identity
+            content += [self._limits, self._batch_size]
         return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import exp, log
 from typing import Any, TypeVar
 
 import numpy as np
 
-from dmi_hpc.models.space import Choice, HyperValue, NetworkSpace, Parameter, SearchSpace
-from search.genome import ConvGene, DenseGene, Genome
-from search.space import pick, position_of, random_conv, random_dense, repair
+from dmi_hpc.models.space import (
+    Choice,
+    HyperValue,
+    IntRange,
+    NetworkSpace,
+    Parameter,
+    SearchSpace,
+)
+from search.genes import Gene
+from search.genome import ConvGene, DenseGene, Genome, RecurrentGene, as_number
+from search.space import (
+    completed,
+    pick,
+    position_of,
+    random_conv,
+    random_dense,
+    random_recurrent,
+    repair,
+)
 
 Operator = Callable[[Sequence[Genome], SearchSpace, np.random.Generator], Genome]
 T = TypeVar("T")
-G = TypeVar("G", bound=ConvGene | DenseGene)
+G = TypeVar("G", bound=Gene)
 
 # shares of the kinds of mutation; parametric has the rest
 STRUCTURAL_SHARE = 0.3
@@ -28,14 +44,32 @@ FURTHER = 0.25
 def crossover(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Generator) -> Genome:
     """Blocks of two parents mixed position by position, hyper-parameters one by one.
 
-    Convolutions are aligned at the input and dense blocks at the output, where they have like
-    parts; the child has the depth of one of the parents.
+    Convolutions and recurrent blocks are aligned at the input and dense blocks at the output, where
+    they have like parts; the child has the depth of one of the parents.
     """
     first, second = parents
     dense = _mixed(first.dense[::-1], second.dense[::-1], rng)[::-1]
-    hyper = tuple(pick(pair, rng) for pair in zip(first.hyper, second.hyper, strict=True))
+    hyper = _either(dict(first.hyper), dict(second.hyper), rng)
     readout = pick((first.readout, second.readout), rng)
-    return repair(Genome(_mixed(first.conv, second.conv, rng), readout, dense, hyper), space)
+    conv = _mixed(first.conv, second.conv, rng)
+    recurrent, decoder = first.recurrent, first.decoder
+    if recurrent or second.recurrent:
+        recurrent = _mixed(recurrent, second.recurrent, rng)
+    if decoder != second.decoder:
+        decoder = pick((decoder, second.decoder), rng)
+    values = completed(hyper, space, rng)
+    return repair(Genome(conv, readout, dense, values, recurrent, decoder), space)
+
+
+def _either(
+    first: Mapping[str, HyperValue], second: Mapping[str, HyperValue], rng: np.random.Generator
+) -> dict[str, HyperValue]:
+    """Each hyper-parameter from one of the parents that have it."""
+    both = (first, second)
+    return {
+        name: pick([values[name] for values in both if name in values], rng)
+        for name in sorted({*first, *second})
+    }
 
 
 def _mixed(first: tuple[T, ...], second: tuple[T, ...], rng: np.random.Generator) -> tuple[T, ...]:
@@ -60,18 +94,25 @@ def structural(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Gen
     """Insert, delete, duplicate or swap a block; parametric where the space has one depth of 0."""
     (genome,) = parents
     network = space.network
-    parts = [
-        part
-        for part, limits in (("conv", network.conv_blocks), ("dense", network.dense_blocks))
-        if limits[1] > 0
-    ]
+    limits = {
+        "conv": network.conv_blocks,
+        "dense": network.dense_blocks,
+        "recurrent": network.recurrent_blocks,
+    }
+    parts = [part for part, (_, most) in limits.items() if most > 0]
     if not parts:
         return parametric(parents, space, rng)
-    if pick(parts, rng) == "conv":
-        conv = _moved(genome.conv, network.conv_blocks, random_conv(network, rng), rng)
-        return repair(replace(genome, conv=conv), space)
-    dense = _moved(genome.dense, network.dense_blocks, random_dense(network, rng), rng)
-    return repair(replace(genome, dense=dense), space)
+    match pick(parts, rng):
+        case "conv":
+            conv = _moved(genome.conv, limits["conv"], random_conv(network, rng), rng)
+            return repair(replace(genome, conv=conv), space)
+        case "dense":
+            dense = _moved(genome.dense, limits["dense"], random_dense(network, rng), rng)
+            return repair(replace(genome, dense=dense), space)
+        case _:
+            new = random_recurrent(network, rng)
+            recurrent = _moved(genome.recurrent, limits["recurrent"], new, rng)
+            return repair(replace(genome, recurrent=recurrent), space)
 
 
 def _moved(
@@ -101,8 +142,11 @@ def _moved(
 def change_readout(
     parents: Sequence[Genome], space: SearchSpace, rng: np.random.Generator
 ) -> Genome:
-    """Another readout; parametric where there is no other one."""
+    """Another readout or decoder; parametric where there is no other one."""
     (genome,) = parents
+    decoders = [d for d in space.network.decoders if d != genome.decoder]
+    if genome.decoder is not None and decoders:
+        return repair(replace(genome, decoder=pick(decoders, rng)), space)
     others = [r for r in space.network.readouts if r != genome.readout]
     if genome.readout is None or not others:
         return parametric(parents, space, rng)
@@ -116,44 +160,60 @@ def parametric(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Gen
     their logarithm, if they are sampled so) whose width is drawn over a decade and a half.
     """
     (genome,) = parents
-    conv, dense, hyper = list(genome.conv), list(genome.dense), list(genome.hyper)
-    sites = len(conv) + len(dense) + len(hyper)
+    genes: list[Gene] = [*genome.conv, *genome.dense, *genome.recurrent]
+    hyper = list(genome.hyper)
+    sites = len(genes) + len(hyper)
     while sites:
         site = int(rng.random() * sites)
-        if site < len(conv):
-            conv[site] = _stepped(conv[site], _conv_fields(space.network), rng)
-        elif (site := site - len(conv)) < len(dense):
-            dense[site] = _stepped(dense[site], _dense_fields(space.network), rng)
+        if site < len(genes):
+            genes[site] = _stepped(genes[site], _fields(genes[site], space.network), rng)
         else:
-            name, value = hyper[site - len(dense)]
-            hyper[site - len(dense)] = (name, step(value, space.hyper[name], rng))
+            name, value = hyper[site - len(genes)]
+            hyper[site - len(genes)] = (name, step(value, space.hyper[name], rng))
         if rng.random() >= AGAIN:
             break
-    return repair(Genome(tuple(conv), genome.readout, tuple(dense), tuple(hyper)), space)
+    child = replace(
+        genome,
+        conv=tuple(gene for gene in genes if isinstance(gene, ConvGene)),
+        dense=tuple(gene for gene in genes if isinstance(gene, DenseGene)),
+        recurrent=tuple(gene for gene in genes if isinstance(gene, RecurrentGene)),
+        hyper=completed(dict(hyper), space, rng),
+    )
+    return repair(child, space)
 
 
 _Fields = dict[str, tuple[Sequence[Any], bool]]  # name -> choices, whether they are ordered
 
 
-def _conv_fields(network: NetworkSpace) -> _Fields:
-    return {
-        "filters": (network.filters, True),
-        "kernel": (network.kernels, True),
-        "padding": (network.paddings, False),
-        "norm": (network.norms, False),
-        "activation": (network.activations, False),
-        "pool": (network.pools, False),
-        "dropout": (network.dropouts, True),
-    }
-
-
-def _dense_fields(network: NetworkSpace) -> _Fields:
-    return {
-        "units": (network.units, True),
-        "norm": (network.norms, False),
-        "activation": (network.activations, False),
-        "dropout": (network.dropouts, True),
-    }
+def _fields(gene: Gene, network: NetworkSpace) -> _Fields:
+    match gene:
+        case ConvGene():
+            return {
+                "filters": (network.filters, True),
+                "kernel": (network.kernels, True),
+                "padding": (network.paddings, False),
+                "norm": (network.norms, False),
+                "activation": (network.activations, False),
+                "pool": (network.pools, False),
+                "dropout": (network.dropouts, True),
+                "skip": (network.skips, False),
+                "branches": (network.branches, False),
+            }
+        case DenseGene():
+            return {
+                "units": (network.units, True),
+                "norm": (network.norms, False),
+                "activation": (network.activations, False),
+                "dropout": (network.dropouts, True),
+                "skip": (network.dense_skips, False),
+            }
+        case RecurrentGene():
+            return {
+                "cell": (network.cells, False),
+                "units": (network.recurrent_units, True),
+                "bidirectional": (network.bidirectional, False),
+                "dropout": (network.dropouts, True),
+            }
 
 
 def _stepped(gene: G, fields: _Fields, rng: np.random.Generator) -> G:
@@ -171,13 +231,26 @@ def step(value: HyperValue, parameter: Parameter, rng: np.random.Generator) -> H
         another: HyperValue = _another(value, parameter.values, parameter.ordered, rng)
         return another
     low, high = parameter.low, parameter.high
-    number = min(max(float(value), low), high)
+    number = min(max(as_number(value), low), high)
     width = 10.0 ** rng.uniform(-2.0, -0.5) * float(rng.standard_normal())
     if parameter.log:
         number *= exp(width * log(high / low))
     else:
         number += width * (high - low)
+    if isinstance(parameter, IntRange):
+        return _another_integer(round(as_number(value)), number, parameter, rng)
     return min(max(number, low), high)
+
+
+def _another_integer(
+    value: int, wanted: float, parameter: IntRange, rng: np.random.Generator
+) -> int:
+    """The integer nearest to `wanted`, but never `value`: then one of those beside it."""
+    found = round(min(max(wanted, parameter.low), parameter.high))
+    if found != value:
+        return found
+    beside = [n for n in (value - 1, value + 1) if parameter.low <= n <= parameter.high]
+    return pick(beside, rng)
 
 
 def _another(value: Any, choices: Sequence[Any], ordered: bool, rng: np.random.Generator) -> Any:

@@ -1,94 +1,146 @@
 """Support vector machines that screen candidates before compute time is spent on them.
 
-A regression on fitness *ranks* orders candidates; a classifier, once something has failed, says
-which are likely to fail. After the SVM-guided second phase of Johnston et al., "Optimizing
-convolutional neural networks for cloud detection", MLHPC 2017; ranks make it immune to outliers and
-to the unit of the fitness.
+A least-squares regression on the *ranks* of what was found says what to expect of a candidate; its
+uncertainty, made smaller around what runs already, keeps many workers from flocking together. A
+classifier, once something has failed, says what is likely to fail. After the SVM-guided second phase
+of Johnston et al., "Optimizing convolutional neural networks for cloud detection", MLHPC 2017; ranks
+make it immune to outliers and to the unit of the fitness.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Generic
+from itertools import islice
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
-from sklearn.svm import SVC, SVR
+from sklearn.svm import SVC
 
 from search.base import G, Space, Vector
+from search.pareto import order
+from search.regression import Regression, Running
 
-REFIT_AFTER = 4  # tells
-REFIT_SHARE = 50  # ... and at least 1/50 of what is known: the cost of a tell stays bounded
-NEWEST = 2000  # a fit costs more than the square of its points
+Values = tuple[float, ...]  # fitness and further objectives, lower is better
+
 LEAST_FITTED = 8
-PENALTY = 3.0
-TUBE = 0.02  # of the regression, in ranks scaled to [0, 1]
+REFIT_SHARE = 25  # a refit after so many new points: 1/25 of what is known, at least one
+MOST_FITTED = 300  # half of them the best, half the newest: bounds the cost of a fit
+MOST_PENDING = 64
+PENALTY = 3.0  # of the classifier
+
+
+class Judgement(NamedTuple):
+    """Of candidates, (n,) each. expected: share of what is known that is better, about 0 to 1;
+    deviation: of it; fails: whether it is likely to have no fitness at all."""
+
+    expected: Vector
+    deviation: Vector
+    fails: npt.NDArray[np.bool_]
 
 
 class Surrogate(Generic[G]):
-    """Learns from told genomes; `screen` orders candidates by expected fitness.
+    """Learns from told genomes; `judge` says what to expect of others.
 
-    Its state is a function of the sequence of `add` calls alone: a fit uses the first n points for
-    an n on a fixed schedule, whenever it is asked. So a replayed search meets the same models.
+    Its models are a function of the sequence of `add` and `revise` alone: a fit uses what was known
+    at fixed numbers of points, whenever it is asked. So a replayed search meets the same models.
     """
 
     def __init__(self, space: Space[G]) -> None:
         self._space = space
         self._points: list[Vector] = []
-        self._fitness: list[float | None] = []
-        self._due = REFIT_AFTER
-        self._usable = 0  # the newest scheduled number of points
-        self._fitted = 0
-        self._ranker: SVR | None = None
-        self._failures: SVC | None = None
+        self._values: list[Values | None] = []
+        self._rows: dict[int, int] = {}
+        self._pending: dict[int, Vector] = {}
+        self._due = LEAST_FITTED
+        self._kept: list[int] = []  # rows that a fit uses
+        self._seen = 0
+        self._unfitted: tuple[list[int], Vector, list[int]] | None = None
+        self._model: Regression | None = None
+        self._running: Running | None = None  # made anew when the model or what runs is another
+        self._failures: Any = None
+        self._spread = 1.0
 
-    def add(self, genome: G, fitness: float | None) -> None:
-        """One evaluated genome; `fitness` is None if it failed for a reason of its own."""
-        self._points.append(self._space.features([genome])[0])
-        self._fitness.append(fitness)
+    def asked(self, identifier: int, genome: G) -> None:
+        """A genome whose evaluation begins."""
+        self._pending[identifier] = self._space.features([genome])[0]
+        self._running = None
+
+    def add(self, identifier: int, values: Values | None) -> None:
+        """Its evaluation ended; `values` are None if it failed for a reason of its own."""
+        self._rows[identifier] = len(self._points)
+        self._points.append(self._pending.pop(identifier))
+        self._running = None
+        self._values.append(values)
         if len(self._points) == self._due:
-            self._usable = self._due
-            self._due += max(REFIT_AFTER, self._due // REFIT_SHARE)
+            self._select()
+            self._due += max(1, self._due // REFIT_SHARE)
 
-    def screen(self, candidates: Sequence[G]) -> list[int] | None:
-        """Indices of `candidates`, most promising first; those expected to fail come last.
+    def forget(self, identifier: int) -> None:
+        """Its evaluation ended, and says nothing about it."""
+        del self._pending[identifier]
+        self._running = None
 
-        None while too little is known.
-        """
-        if self._fitted != self._usable:
-            self._fit()
-        if self._ranker is None:
+    def revise(self, identifier: int, values: Values) -> None:
+        """Other values of a genome that had some, from the next fit on."""
+        self._values[self._rows[identifier]] = values
+
+    def judge(self, genomes: Sequence[G]) -> Judgement | None:
+        """None while too little is known."""
+        if self._unfitted is not None:
+            self._fit(*self._unfitted)
+            self._unfitted = self._running = None
+        if self._model is None:
             return None
-        x = self._space.features(candidates)
-        ranks = self._ranker.predict(x)
+        x = self._space.features(genomes)
+        if self._running is None and self._pending:
+            newest = islice(reversed(self._pending.values()), MOST_PENDING)
+            self._running = self._model.running(np.array(list(newest)))
+        mean, deviation = self._model.predict(x, self._running)
         fails = np.zeros(len(x), dtype=bool)
         if self._failures is not None:
             fails = self._failures.predict(x).astype(bool)
-        order: list[int] = np.lexsort((ranks, fails)).tolist()
-        return order
+        return Judgement(0.5 + self._spread * mean, self._spread * deviation, fails)
 
-    def _fit(self) -> None:
-        start = max(0, self._usable - NEWEST)
-        x = np.array(self._points[start : self._usable])
-        fitness = self._fitness[start : self._usable]
-        failed = np.array([value is None for value in fitness])
-        self._ranker = _ranker(x[~failed], [value for value in fitness if value is not None])
-        self._failures = _classifier(x, failed)
-        self._fitted = self._usable
+    def _select(self) -> None:
+        """Note what the next fit is of: all while there is little, else the best and the newest."""
+        new = range(self._seen, len(self._points))
+        self._seen = len(self._points)
+        known = self._kept + list(new)
+        failed = [row for row in known if self._values[row] is None][-MOST_FITTED // 2 :]
+        rows = [row for row in known if self._values[row] is not None]
+        if len(rows) < LEAST_FITTED:
+            self._kept = known
+            return
+        ranks = _ranks([self._values[row] or () for row in rows])
+        if len(rows) > MOST_FITTED:
+            newest = len(rows) - MOST_FITTED // 2
+            best = np.argsort(ranks[:newest], kind="stable")[: MOST_FITTED // 2]
+            chosen = [*np.sort(best).tolist(), *range(newest, len(rows))]
+            rows, ranks = [rows[i] for i in chosen], ranks[chosen]
+        self._kept = sorted(rows + failed)
+        self._unfitted = (rows, ranks, failed)
+
+    def _fit(self, rows: list[int], ranks: Vector, failed: list[int]) -> None:
+        x = np.array([self._points[row] for row in rows])
+        places = (rankdata(ranks) - 0.5) / len(ranks)
+        self._spread = float(places.std()) or 1.0
+        self._model = Regression(x, (places - 0.5) / self._spread)
+        self._failures = None
+        if failed:
+            both = np.concatenate([x, [self._points[row] for row in failed]])
+            label = np.arange(len(both)) >= len(x)
+            self._failures = SVC(C=PENALTY, class_weight="balanced", gamma=_gamma(both))
+            self._failures.fit(both, label)
 
 
-def _ranker(x: Vector, fitness: Sequence[float]) -> SVR | None:
-    if len(fitness) < LEAST_FITTED:
-        return None
-    ranks = (rankdata(fitness) - 1) / (len(fitness) - 1)
-    return SVR(C=PENALTY, epsilon=TUBE, gamma=_gamma(x)).fit(x, ranks)
-
-
-def _classifier(x: Vector, failed: npt.NDArray[np.bool_]) -> Any:
-    if failed.all() or not failed.any():
-        return None
-    return SVC(C=PENALTY, class_weight="balanced", gamma=_gamma(x)).fit(x, failed)
+def _ranks(values: Sequence[Values]) -> Vector:
+    """(n,) places; several objectives: by NSGA-II's order."""
+    if max(map(len, values)) > 1:
+        return order(np.array(values)).astype(np.float64)
+    found: Vector = rankdata([fitness for (fitness,) in values])
+    return found
 
 
 def _gamma(x: Vector) -> float:

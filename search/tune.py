@@ -1,14 +1,14 @@
-"""Runs the search on Ray Tune: trials are reused actors, one evaluation each. The only file with ray.
+"""Runs the search on Ray Tune: a Tune trial is a slot, whose actor evaluates one genome after another.
 
-Ray is asked for little: to run functions on workers and to say when one died. What matters is in our
-journal (Tune's own state is a dump of all trials every ten seconds or more, and is thrown away).
+Tune finds the slots their resources, starts their actors and says when one died. A result comes back
+through Tune's loop, and the next genome goes to the same actor with the same step of that loop: no
+trial is set up or torn down in between. What matters is in our journal; Tune's own state, a dump of
+all trials every ten seconds or more, is thrown away.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,38 +17,29 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import psutil
 import ray
 import torch
 from ray import tune
 from ray.exceptions import RayError
 from ray.tune.error import TuneError
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from dmi_hpc.config import Recipe, SearchConfig
+from dmi_hpc.config import Recipe
 from dmi_hpc.errors import DMIError, Interrupted, LaunchError
-from search.capacity import MEMORY_SHARE, capacity, local_workers
+from search.allocation import Allocation
+from search.capacity import Shape
+from search.devices import Ranks, bundles
 from search.driver import Driver
 from search.evolve import Failure
 from search.genome import to_json
+from search.kept import Kept
+from search.ray_cluster import Cluster, cluster
 from search.trial import TRACEBACK_CHARACTERS, Evaluator, TrialOutcome
 
-# Enough for Tune's few small objects; networks and data never pass through it.
-OBJECT_STORE_BYTES = 100_000_000
+DEATHS = 3  # of workers in a row, times their number, before the machine counts as the cause
 
-
-CONNECT_S = 5.0
-OWN_PROCESSES = {"gcs_server", "raylet"}  # without either there is no cluster
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Ray as it was found. alive: whether it still stands; asks processes or sockets, not Ray."""
-
-    workers: int
-    trial_memory_GB: float
-    gpus: bool
-    alive: Callable[[], bool]
+__all__ = ["Cluster", "TrialContext", "cluster", "judge_loss", "own_errors", "run_trials"]
 
 
 @dataclass(frozen=True)
@@ -59,35 +50,110 @@ class TrialContext:
     data: Path
     scratch: Path  # for files of Ray and Tune that nobody needs afterwards
     memory_GB: float
+    ranks: int = 1  # processes of a trial, each with its own device
+    gpu_share: float = 1.0
+    kept: Path | None = None  # the search's folder, where trials keep what they go on from
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.recipe.search.trial_threads, self.ranks, self.gpu_share)
+
+    def evaluator(self) -> Evaluator | Ranks:
+        """What evaluates genomes in a worker; called there."""
+        if self.ranks > 1:
+            return Ranks(self.recipe, self.data, self.memory_GB, self.ranks)
+        device = torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
+        kept = None if self.kept is None else Kept(self.kept)
+        return Evaluator(self.recipe, self.data, device, self.memory_GB, kept)
 
 
 class SpentWorker(Exception):
     """A worker that lost its device refuses a trial. Tune does not reuse an actor that raised."""
 
 
-class EvaluationTrial(tune.Trainable):  # type: ignore[misc]
-    """A reused actor: opens the data once, then evaluates one genome a trial, in a single step."""
+class Slot(tune.Trainable):  # type: ignore[misc]
+    """An actor that opens the data once, then evaluates a genome a step."""
 
     def setup(self, config: dict[str, Any], context: TrialContext) -> None:
-        device = torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
-        self._evaluator = Evaluator(context.recipe, context.data, device, context.memory_GB)
+        self._evaluator = context.evaluator()
+        self._job: Mapping[str, Any] = config["job"]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._job = new_config["job"]
         return True
+
+    def give(self, job: Mapping[str, Any]) -> None:
+        """What the next step evaluates: the evaluator's arguments."""
+        self._job = job
 
     def step(self) -> dict[str, Any]:
         if self._evaluator.spent:
             raise SpentWorker
-        return {"outcome": self._evaluator(self.config["genome"]), "done": True}
+        return {"outcome": self._evaluator(**self._job)}
+
+
+class _Desk:
+    """Between the slots and the driver: who evaluates what, and since when."""
+
+    def __init__(self, driver: Driver, allocation: Allocation, shown: Callable[[], None]) -> None:
+        self.driver, self.allocation, self.shown = driver, allocation, shown
+        self._deaths = 0  # since an evaluation finished
+        self._numbers: dict[str, int] = {}  # slot -> the proposal it evaluates
+        self._started: dict[str, float] = {}
+
+    def next_for(self, slot: str) -> dict[str, Any] | None:
+        """What to evaluate: the evaluator's arguments. None while there is none, or no time for it."""
+        if not self.allocation.may_start(time.time()):
+            return None
+        proposal = self.driver.next_proposal()
+        self.shown()
+        if proposal is None:
+            return None
+        self._numbers[slot] = proposal.id
+        self._started.pop(slot, None)
+        assignment = self.driver.assignment(proposal.id)
+        job = {"genome": to_json(proposal.genome)}
+        return job if assignment is None else {**job, "assignment": assignment}
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing runs, and nothing will."""
+        closed = self.allocation.closed is not None and not self.driver.progress.running
+        return closed or self.driver.done
+
+    def started(self, slot: str) -> None:
+        self._started[slot] = time.monotonic()
+
+    def finished(self, slot: str, outcome: TrialOutcome) -> None:
+        self._deaths = 0
+        self.driver.finished(self._numbers.pop(slot), outcome)
+        self.allocation.finished(outcome.seconds)
+        self.shown()
+
+    def died(self, slot: str) -> tuple[int, float] | None:
+        """(proposal, seconds it ran) of a slot whose worker died; None if it had none."""
+        number, started = self._numbers.pop(slot, None), self._started.pop(slot, None)
+        seconds = 0.0 if started is None else time.monotonic() - started
+        self._deaths += 1
+        return None if number is None else (number, seconds)
+
+    def require_life(self, text: str) -> None:
+        """LaunchError if workers do nothing but die; text: Ray's word of the last one."""
+        if self._deaths >= DEATHS * self.driver.progress.workers:
+            *_, last = text.strip().splitlines() or ["nothing"]
+            raise LaunchError(
+                f"{self._deaths} workers in a row died, and none finished an evaluation: the fault is "
+                f"not a network's. Ray says of the last one: {last[:500]}. Once that is mended, "
+                "--resume continues"
+            )
 
 
 class _Adapter(Searcher):  # type: ignore[misc]
-    """Tune's view of our driver. The argument names below are Tune's calling convention."""
+    """Tune's searcher: opens slots. The argument names below are Tune's calling convention."""
 
-    def __init__(self, driver: Driver, shown: Callable[[], None]) -> None:
+    def __init__(self, desk: _Desk) -> None:
         super().__init__()
-        self._driver, self.shown = driver, shown
-        self.numbers: dict[str, int] = {}  # of the trials in flight
+        self._desk = desk
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
@@ -95,12 +161,10 @@ class _Adapter(Searcher):  # type: ignore[misc]
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        proposal = self._driver.next_proposal()
-        self.shown()
-        if proposal is None:
-            return str(Searcher.FINISHED) if self._driver.done else None  # None: ask again later
-        self.numbers[trial_id] = proposal.id
-        return {"genome": to_json(proposal.genome)}
+        job = self._desk.next_for(trial_id)
+        if job is None:
+            return str(Searcher.FINISHED) if self._desk.is_done else None  # None: ask again later
+        return {"job": job}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         return None
@@ -108,11 +172,7 @@ class _Adapter(Searcher):  # type: ignore[misc]
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
     ) -> None:
-        outcome = (result or {}).get("outcome")
-        if outcome is None:
-            return  # it ended before it finished: `_Events.on_trial_error` sees why
-        self._driver.finished(self.numbers.pop(trial_id), outcome)
-        self.shown()
+        return None  # a slot closes: `_Relay` took its last result, `_Events` judges errors
 
     def save(self, checkpoint_path: str) -> None:
         return None
@@ -121,33 +181,47 @@ class _Adapter(Searcher):  # type: ignore[misc]
         return None
 
 
+class _Relay(FIFOScheduler):  # type: ignore[misc]
+    """Tune's scheduler: takes a slot's result and gives it the next genome, or closes it."""
+
+    def __init__(self, desk: _Desk) -> None:
+        super().__init__()
+        self._desk = desk
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        self._desk.finished(trial.trial_id, result["outcome"])
+        job = self._desk.next_for(trial.trial_id)
+        if job is None:
+            return str(TrialScheduler.STOP)
+        # an actor runs its calls in order, so this one comes before the step that Tune asks for next
+        trial.temporary_state.ray_actor.give.remote(job)
+        self._desk.started(trial.trial_id)
+        return str(TrialScheduler.CONTINUE)
+
+
 class _Events(tune.Callback):  # type: ignore[misc]
     """Judges trials that died, keeps the terminal alive between results, and obeys a stop at once.
 
     Tune's own way to stop would wait for the trials in flight; the journal needs no such care.
     """
 
-    def __init__(
-        self, adapter: _Adapter, driver: Driver, limit_s: float | None, halt: Callable[[], None]
-    ) -> None:
-        self._adapter, self._driver, self._limit_s, self._halt = adapter, driver, limit_s, halt
-        self._started: dict[str, float] = {}
+    def __init__(self, desk: _Desk, limit_s: float | None, halt: Callable[[], None]) -> None:
+        self._desk, self._limit_s, self._halt = desk, limit_s, halt
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._started[trial.trial_id] = time.monotonic()
+        self._desk.started(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        number = self._adapter.numbers.pop(trial.trial_id, None)
-        if number is None:
+        died = self._desk.died(trial.trial_id)
+        if died is None:
             return
         self._halt()  # a search that ends, or a cluster that is gone, says nothing of a network
-        started = self._started.get(trial.trial_id)
-        seconds = 0.0 if started is None else time.monotonic() - started
         text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
-        judge_loss(self._driver, number, seconds, self._limit_s, text)
+        judge_loss(self._desk.driver, *died, self._limit_s, text)
+        self._desk.require_life(text)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._adapter.shown()
+        self._desk.shown()
         self._halt()
 
 
@@ -167,112 +241,33 @@ def judge_loss(
         driver.lost(number, Failure("lost", message, text), seconds)
 
 
-def _reachable(address: str) -> bool:
-    """Whether something listens at host:port."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-    except OSError:
-        return False
-    return True
-
-
-def _join(address: str, common: dict[str, Any]) -> None:
-    """Connect to a cluster that is there. LaunchError if it does not answer."""
-    missing = LaunchError(
-        f"RAY_ADDRESS={address}: no Ray cluster there takes us in. Start it (ray start --head), "
-        "correct the address (or RAY_AUTH_MODE, if it wants a token), or unset RAY_ADDRESS for a "
-        "cluster of the search's own"
-    )
-    # Ray itself would try for minutes and then end this process
-    if address.rpartition(":")[2].isdigit() and not _reachable(address.removeprefix("ray://")):
-        raise missing
-    try:
-        ray.init(address=address, **common)
-    except ConnectionError as error:
-        raise missing from error
-
-
-@contextmanager
-def cluster(search: SearchConfig, folder: Path) -> Iterator[Cluster]:
-    """Ray for the block: the cluster at RAY_ADDRESS, or one of our own on the loopback interface.
-
-    folder: for Ray's sockets and logs; short, its path is part of socket names.
-    """
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials: see the journal
-    common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        if address:
-            _join(address, common)
-            gcs = ray.get_runtime_context().gcs_address
-            yield _surveyed(search, lambda: _reachable(gcs))
-        else:
-            ray.init(
-                address="local",
-                num_cpus=local_workers(search) * search.trial_threads,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(folder),
-                **common,
-            )
-            own = [p for p in psutil.Process().children() if p.name() in OWN_PROCESSES]
-            yield _surveyed(search, lambda: all(map(_runs, own)))
-    finally:
-        ray.shutdown()
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _surveyed(search: SearchConfig, alive: Callable[[], bool]) -> Cluster:
-    """The cluster that Ray is connected to: where the recipe says auto, by what its nodes have."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    found = capacity(nodes, search.trial_threads)
-    workers = found.workers if search.workers == "auto" else search.workers
-    memory = search.trial_memory_GB
-    if memory == "auto":
-        memory = MEMORY_SHARE * (_free_gpu_GB(search) if found.gpus else found.memory_GB)
-    return Cluster(workers, memory, found.gpus, alive)
-
-
-def _free_gpu_GB(search: SearchConfig) -> float:
-    """Free memory of a GPU as a worker sees it: the driver's own use of CUDA would take a part."""
-
-    def free() -> float:
-        return torch.cuda.mem_get_info()[0] / 1e9
-
-    return float(ray.get(ray.remote(num_gpus=1, num_cpus=search.trial_threads)(free).remote()))
-
-
 def run_trials(
     driver: Driver,
     context: TrialContext,
     found: Cluster,
     shown: Callable[[], None],
     stop: Callable[[], bool],
+    allocation: Allocation | None = None,
 ) -> None:
-    """Evaluate until the driver has nothing more to ask.
+    """Evaluate until the driver has nothing more to ask, or nothing more fits into `allocation`.
 
-    Raises Interrupted when `stop` says so, and when Ray fails: trials in flight stay to be asked.
+    Raises Interrupted when `stop` says so, at the end of the allocation, and when Ray fails: trials
+    in flight stay to be asked. allocation: if not until the end of the Slurm job.
     """
+    allocation = allocation or Allocation.of(os.environ, None, time.time())
 
     def halt() -> None:
         if stop():
             raise Interrupted("the search was asked to stop")
         if not found.alive():
             raise Interrupted("Ray's own processes are gone")
+        over = allocation.is_over(time.time())
+        if over is not None:
+            raise Interrupted(over)
 
-    search = context.recipe.search
-    adapter = _Adapter(driver, shown)
-    resources = {"cpu": search.trial_threads, "gpu": int(found.gpus)}
+    desk = _Desk(driver, allocation, shown)
     trainable = tune.with_resources(
-        tune.with_parameters(EvaluationTrial, context=context), resources
+        tune.with_parameters(Slot, context=context), bundles(context.shape, gpus=found.gpus)
     )
     with TemporaryDirectory(prefix="tune-", dir=context.scratch) as folder, own_errors():
         # not Tuner: it pickles the search algorithm, and ours holds an open journal
@@ -280,14 +275,15 @@ def run_trials(
             trainable,
             name="search",
             storage_path=folder,
-            search_alg=adapter,
+            search_alg=_Adapter(desk),
+            scheduler=_Relay(desk),
             num_samples=-1,  # the driver's budget ends it
             # unset, Tune starts one trial at a time for a Searcher that it does not know
             max_concurrent_trials=driver.progress.workers,
             reuse_actors=True,
             max_failures=0,
             raise_on_failed_trial=False,
-            callbacks=[_Events(adapter, driver, search.trial_time_limit_s, halt)],
+            callbacks=[_Events(desk, context.recipe.search.trial_time_limit_s, halt)],
             verbose=0,
         )
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dmi_hpc.models.spec import (
     Activation,
@@ -17,10 +17,17 @@ from dmi_hpc.models.spec import (
     Layer,
     NetworkSpec,
     Norm,
+    Parallel,
     Pool,
     Readout,
+    Recurrent,
+    Residual,
     Shape,
+    Upsample,
+    projection_stride,
+    shape_after,
     shapes,
+    shapes_after,
 )
 
 _CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -46,23 +53,70 @@ GROUP_CHANNELS = 8
 class SpatialMean(nn.Module):
     """Mean of each channel over all spatial axes: (N, C, ...) -> (N, C)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).mean(2)
 
 
-def build(spec: NetworkSpec) -> nn.Sequential:
-    """Module of `spec`: (N, *input_shape) float -> (N, outputs).
+class SkipConnection(nn.Module):
+    """projection(x) + layers(x)."""
 
-    Weights come from torch's global generator: seed it first. Raises NetworkError if the layers
-    cannot follow each other.
+    def __init__(self, layers: nn.Sequential, projection: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.projection = layers, projection
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Tensor = self.projection(x) + self.layers(x)
+        return total
+
+
+class Branches(nn.Module):
+    """Branches over the same input, concatenated along the channels or summed."""
+
+    def __init__(self, branches: Sequence[nn.Sequential], *, concat: bool) -> None:
+        super().__init__()
+        self.branches, self._concat = nn.ModuleList(branches), concat
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends: list[Tensor] = [branch(x) for branch in self.branches]
+        return torch.cat(ends, 1) if self._concat else sum(ends[1:], ends[0])
+
+
+class RecurrentLayer(nn.Module):
+    """GRU or LSTM with the channels first: (N, C, T) -> (N, C', T), or (N, C') of the final states."""
+
+    def __init__(self, cell: nn.GRU | nn.LSTM, *, last: bool) -> None:
+        super().__init__()
+        self.cell, self._last = cell, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, states = self.cell(x.transpose(1, 2))
+        if self._last:
+            # (directions, N, units); an LSTM has its cells' states beside them
+            hidden: Tensor = states[0] if isinstance(self.cell, nn.LSTM) else states
+            return hidden.transpose(0, 1).flatten(1)
+        outputs: Tensor = steps.transpose(1, 2)
+        return outputs
+
+
+def build(spec: NetworkSpec) -> nn.Sequential:
+    """Module of `spec`: (N, *input_shape) float -> (N, outputs), or (N, outputs, *extents) of a map.
+
+    One child for each layer, then the head. Weights come from torch's global generator: seed it
+    first. Raises NetworkError if the layers cannot follow each other.
     """
-    modules: list[nn.Module] = []
-    before = spec.input_shape
-    for layer, after in zip(spec.layers, shapes(spec), strict=True):
-        modules.append(_module(layer, before))
-        before = after
-    modules.append(nn.Linear(prod(before), spec.outputs))
-    return nn.Sequential(*modules)
+    last = (spec.input_shape, *shapes(spec))[-1]
+    head: nn.Module
+    if spec.map_output:
+        head = _CONV[len(last) - 1](last[0], spec.outputs, 1)
+    else:
+        head = nn.Linear(prod(last), spec.outputs)
+    return nn.Sequential(*_row(spec.layers, spec.input_shape), head)
+
+
+def _row(layers: Sequence[Layer], shape: Shape) -> nn.Sequential:
+    """Modules of `layers` in a row; without any, the identity."""
+    befores = (shape, *shapes_after(layers, shape))
+    return nn.Sequential(*(_module(layer, befores[i]) for i, layer in enumerate(layers)))
 
 
 def groups_of(channels: int) -> int:
@@ -97,3 +151,27 @@ def _module(layer: Layer, shape: Shape) -> nn.Module:
             return nn.Flatten() if layer.op == "flatten" else SpatialMean()
         case Dense():
             return nn.Linear(channels, layer.units)
+        case Upsample():
+            # nearest: its backward pass is deterministic on GPUs too
+            return nn.Upsample(layer.size, mode="nearest")
+        case Recurrent():
+            cell = nn.GRU if layer.cell == "gru" else nn.LSTM
+            return RecurrentLayer(
+                cell(channels, layer.units, batch_first=True, bidirectional=layer.bidirectional),
+                last=layer.last,
+            )
+        case Residual():
+            after = shape_after(layer.layers, shape)
+            return SkipConnection(_row(layer.layers, shape), _projection(shape, after))
+        case Parallel():
+            branches = [_row(branch, shape) for branch in layer.branches]
+            return Branches(branches, concat=layer.merge == "concat")
+
+
+def _projection(before: Shape, after: Shape) -> nn.Module:
+    if before == after:
+        return nn.Identity()
+    if len(before) == 1:
+        return nn.Linear(before[0], after[0], bias=False)
+    stride = projection_stride(before, after)
+    return _CONV[len(before) - 1](before[0], after[0], 1, stride=stride, bias=False)

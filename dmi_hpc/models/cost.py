@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from dmi_hpc.errors import TrialFailure
-from dmi_hpc.models.spec import Conv, Dense, Layer, NetworkSpec, Norm, Shape, shapes
+from dmi_hpc.models.spec import (
+    Activation,
+    Conv,
+    Dense,
+    Dropout,
+    Layer,
+    NetworkSpec,
+    Norm,
+    Parallel,
+    Pool,
+    Readout,
+    Recurrent,
+    Residual,
+    Shape,
+    Upsample,
+    shapes,
+    shapes_after,
+)
 
 BYTES = 4  # fp32
 # weights, gradients, two Adam moments
 STATES_PER_PARAMETER = 4
 # an activation and its gradient live at once; convolutions work on a padded copy
 COPIES_PER_ACTIVATION = 3
+# gates and states that a recurrent unit keeps of each step (oneDNN's LSTM on CPUs keeps about 60)
+NUMBERS_PER_STEP = 7
 
 
 @dataclass(frozen=True)
@@ -31,49 +51,116 @@ class Cost:
 
 
 def cost(spec: NetworkSpec) -> Cost:
-    """Exact parameter count; FLOPs of convolutions and dense layers; activation numbers.
+    """Exact parameter count; FLOPs of matrix products and convolutions, and 4 a value of norms;
+    numbers that layers put out.
 
     Raises NetworkError if the layers cannot follow each other.
     """
-    parameters = flops = 0
-    activations = prod(spec.input_shape)
-    before = spec.input_shape
-    for layer, after in zip(spec.layers, shapes(spec), strict=True):
-        weights, uses = layer_weights(layer, before, after)
-        parameters += weights
-        flops += 2 * uses
-        activations += prod(after)
-        before = after
-    head = prod(before) * spec.outputs
-    return Cost(parameters + head + spec.outputs, flops + 2 * head, activations)
+    afters = shapes(spec)
+    weights, uses, activations = _row(spec.layers, spec.input_shape, afters)
+    head_weights, head_uses = _head(spec, (spec.input_shape, *afters)[-1])
+    return Cost(
+        weights + head_weights,
+        2 * (uses + head_uses),
+        prod(spec.input_shape) + activations,
+    )
 
 
 def training_flops(spec: NetworkSpec) -> int:
     """FLOPs of one sample, forward and backward: each product of the forward pass comes back as two.
 
-    Nobody asks for the gradient by the network's inputs: the first layer with weights has one less.
+    Nobody asks for the gradient by the network's inputs: the first layers with weights have one less.
     Work done twice to save memory (activation checkpointing) does not count.
     """
-    before, first = spec.input_shape, 0
-    for layer, after in zip(spec.layers, shapes(spec), strict=True):
-        first = first or 2 * layer_weights(layer, before, after)[1]
-        before = after
-    first = first or 2 * prod(before) * spec.outputs
-    return 3 * cost(spec).flops - first
+    shape = (spec.input_shape, *shapes(spec))[-1]
+    first, graded = _ungraded(spec.layers, spec.input_shape, graded=False)
+    if not graded:
+        first += _head(spec, shape)[1]
+    return 3 * cost(spec).flops - 2 * first
 
 
 def layer_weights(layer: Layer, before: Shape, after: Shape) -> tuple[int, int]:
-    """(parameters, multiply-adds of one sample) of one layer."""
+    """(parameters, multiply-adds of one sample) of one layer, with those inside it."""
+    weights, uses, _ = _layer(layer, before, after)
+    return weights, uses
+
+
+def _layer(layer: Layer, before: Shape, after: Shape) -> tuple[int, int, int]:
+    """(parameters, multiply-adds, activations) of one layer, with those inside it."""
+    size = prod(after)
     match layer:
+        case Pool() | Upsample() | Activation() | Dropout() | Readout():
+            return 0, 0, size
         case Conv():
             kernel = before[0] * layer.kernel ** (len(before) - 1)
-            return layer.filters * (kernel + 1), kernel * prod(after)
+            return layer.filters * (kernel + 1), kernel * size, size
         case Dense():
-            return layer.units * (before[0] + 1), layer.units * before[0]
+            return layer.units * (before[0] + 1), layer.units * before[0], size
         case Norm():
-            return 2 * before[0], 2 * prod(after)
-        case _:
-            return 0, 0
+            return 2 * before[0], 2 * size, size
+        case Recurrent():
+            rows, inputs = _rows(layer), before[0] + layer.units
+            kept = NUMBERS_PER_STEP * _directions(layer) * layer.units * before[1]
+            return rows * (inputs + 2), rows * inputs * before[1], kept
+        case Residual():
+            weights, uses, kept = _row(layer.layers, before)
+            if before == after:
+                return weights, uses, kept + size
+            return weights + before[0] * after[0], uses + before[0] * size, kept + 2 * size
+        case Parallel():
+            found = [_row(branch, before) for branch in layer.branches]
+            weights, uses, kept = (sum(numbers) for numbers in zip(*found, strict=True))
+            return weights, uses, kept + size
+
+
+def _row(
+    layers: Sequence[Layer], shape: Shape, afters: Sequence[Shape] | None = None
+) -> tuple[int, int, int]:
+    """(parameters, multiply-adds, activations) of layers that follow each other from `shape` on."""
+    weights = uses = kept = 0
+    for layer, after in zip(layers, afters or shapes_after(layers, shape), strict=True):
+        more = _layer(layer, shape, after)
+        weights, uses, kept = weights + more[0], uses + more[1], kept + more[2]
+        shape = after
+    return weights, uses, kept
+
+
+def _head(spec: NetworkSpec, shape: Shape) -> tuple[int, int]:
+    """(parameters, multiply-adds); shape: what the last layer leaves."""
+    inputs = shape[0] if spec.map_output else prod(shape)
+    return spec.outputs * (inputs + 1), spec.outputs * prod(shape)
+
+
+def _rows(layer: Recurrent) -> int:
+    """Of the weight matrices of all gates and directions."""
+    return (3 if layer.cell == "gru" else 4) * _directions(layer) * layer.units
+
+
+def _directions(layer: Recurrent) -> int:
+    return 2 if layer.bidirectional else 1
+
+
+def _ungraded(layers: Sequence[Layer], shape: Shape, graded: bool) -> tuple[int, bool]:
+    """(multiply-adds whose input needs no gradient, whether the output of `layers` needs one).
+
+    graded: whether the input of `layers` needs one. The first state of a recurrent layer never does.
+    """
+    found = 0
+    for layer, after in zip(layers, shapes_after(layers, shape), strict=True):
+        weights, uses = layer_weights(layer, shape, after)
+        match layer:
+            case Residual():
+                found += _ungraded(layer.layers, shape, graded)[0]
+                projected = shape != after and not graded
+                found += shape[0] * prod(after) if projected else 0
+            case Parallel():
+                found += sum(_ungraded(branch, shape, graded)[0] for branch in layer.branches)
+            case Recurrent():
+                found += _rows(layer) * (layer.units + (0 if graded else prod(shape)))
+            case _:
+                found += 0 if graded else uses
+        graded, shape = graded or weights > 0, after
+    return found, graded
 
 
 def require_fit(spec: NetworkSpec, batch_size: int, limit_bytes: float) -> Cost:

@@ -1,15 +1,28 @@
 """A network as plain, frozen data, with its shape inference. No torch here.
 
-Shapes are channels first and without the batch axis: ``(C, D, H, W)`` for a voxel volume,
-``(F,)`` for a feature vector. A linear head to ``outputs`` units is always appended.
+Shapes are channels first and without the batch axis: ``(C, D, H, W)`` for a voxel volume, ``(C, T)``
+for a sequence, ``(F,)`` for a feature vector. A linear head to ``outputs`` units is always appended.
+
+Layers nest: `Residual` and `Parallel` hold layers of their own. An empty branch is the identity, so
+``Parallel(branches=((), layers))`` keeps its input beside what the layers make of it: the connection
+of a DenseNet and, with `Pool` first and `Upsample` last, the skip connection of a U-Net.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    field_validator,
+    model_serializer,
+)
 
 from dmi_hpc.errors import NetworkError
 
@@ -19,6 +32,27 @@ NormName = Literal["batch", "group"]
 PaddingName = Literal["zeros", "circular"]
 PoolName = Literal["max", "mean"]
 ReadoutName = Literal["flatten", "mean"]
+CellName = Literal["gru", "lstm"]
+MergeName = Literal["concat", "sum"]
+
+
+class Plain(BaseModel):
+    """Frozen data without unknown keys.
+
+    added: fields of later versions. They are written only where they differ from their defaults, so
+    that files and identities of what an earlier version could say stay as they were.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    added: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        for name in self.added:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                data.pop(name, None)
+        return data
 
 
 class _Layer(BaseModel):
@@ -41,6 +75,13 @@ class Pool(_Layer):
     kind: Literal["pool"] = "pool"
     op: PoolName = "max"
     size: int = Field(2, ge=1)
+
+
+class Upsample(_Layer):
+    """A map brought to the extents `size` by repeating its nearest values."""
+
+    kind: Literal["upsample"] = "upsample"
+    size: Shape
 
 
 class Norm(_Layer):
@@ -74,46 +115,83 @@ class Dense(_Layer):
     units: int = Field(ge=1)
 
 
+class Recurrent(_Layer):
+    """GRU or LSTM along the only axis of a sequence: (C, T) -> (C', T), or (C',) if `last`.
+
+    C' is `units`, twice that if `bidirectional`. `last` gives the final state of each direction.
+    """
+
+    kind: Literal["recurrent"] = "recurrent"
+    cell: CellName = "gru"
+    units: int = Field(ge=1)
+    bidirectional: bool = False
+    last: bool = False
+
+
+class Residual(_Layer):
+    """x + layers(x), He et al. 2016; a projection of x, linear in its channels, where shapes differ.
+
+    Extents may shrink: the projection then has the least stride that leads there.
+    """
+
+    kind: Literal["residual"] = "residual"
+    layers: tuple[Layer, ...]
+
+    @field_validator("layers")
+    @classmethod
+    def _some(cls, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        if not layers:
+            raise ValueError("found no layers, expected at least one")
+        return layers
+
+
+class Parallel(_Layer):
+    """Branches over the same input; their channels are concatenated, or their values summed."""
+
+    kind: Literal["parallel"] = "parallel"
+    branches: tuple[tuple[Layer, ...], ...]
+    merge: MergeName = "concat"
+
+    @field_validator("branches")
+    @classmethod
+    def _several(cls, branches: tuple[tuple[Layer, ...], ...]) -> tuple[tuple[Layer, ...], ...]:
+        if len(branches) < 2:
+            raise ValueError(f"found {len(branches)} branches, expected at least two")
+        return branches
+
+
 Layer = Annotated[
-    Conv | Pool | Norm | Activation | Dropout | Readout | Dense, Field(discriminator="kind")
+    Conv
+    | Pool
+    | Upsample
+    | Norm
+    | Activation
+    | Dropout
+    | Readout
+    | Dense
+    | Recurrent
+    | Residual
+    | Parallel,
+    Field(discriminator="kind"),
 ]
+Residual.model_rebuild()
+Parallel.model_rebuild()
 LAYERS: TypeAdapter[tuple[Layer, ...]] = TypeAdapter(tuple[Layer, ...])
 
 
-class NetworkSpec(BaseModel):
-    """Input shape, layers, and the number of linear outputs."""
+class NetworkSpec(Plain):
+    """Input shape, layers, and the number of linear outputs.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    map_output: the outputs are channels of a map, one value of each per voxel of the last layer (a
+    segmentation); else they are one vector.
+    """
+
+    added = frozenset({"map_output"})
 
     input_shape: Shape
     layers: tuple[Layer, ...]
     outputs: int = Field(1, ge=1)
-
-
-def _after(layer: Layer, shape: Shape) -> Shape:
-    """Shape after `layer`; raises NetworkError with the reason alone."""
-    spatial = len(shape) > 1
-    if isinstance(layer, Conv | Pool | Readout) and not spatial:
-        raise NetworkError(f"needs a map over space, found a vector of {shape[0]}")
-    match layer:
-        case Conv():
-            if layer.padding == "circular" and any(n < layer.kernel // 2 for n in shape[1:]):
-                raise NetworkError(
-                    f"a circular kernel of {layer.kernel} is too wide for the map {shape[1:]}"
-                )
-            return (layer.filters, *(-(-n // layer.stride) for n in shape[1:]))
-        case Pool():
-            if any(n < layer.size for n in shape[1:]):
-                raise NetworkError(f"pooling by {layer.size} of the map {shape[1:]}")
-            return (shape[0], *(n // layer.size for n in shape[1:]))
-        case Readout():
-            return (prod(shape),) if layer.op == "flatten" else (shape[0],)
-        case Dense():
-            if spatial:
-                raise NetworkError(f"a dense layer needs a readout before it, found map {shape}")
-            return (layer.units,)
-        case Norm() | Activation() | Dropout():
-            return shape
+    map_output: bool = False
 
 
 def shapes(spec: NetworkSpec) -> tuple[Shape, ...]:
@@ -121,16 +199,109 @@ def shapes(spec: NetworkSpec) -> tuple[Shape, ...]:
 
     Raises NetworkError naming the first layer that cannot follow, or a missing readout.
     """
-    shape = spec.input_shape
-    if not shape or any(n < 1 for n in shape):
-        raise NetworkError(f"input shape {shape}: every extent must be at least 1")
+    if not spec.input_shape or any(n < 1 for n in spec.input_shape):
+        raise NetworkError(f"input shape {spec.input_shape}: every extent must be at least 1")
+    result = shapes_after(spec.layers, spec.input_shape)
+    last = (spec.input_shape, *result)[-1]
+    if len(last) > 1 and not spec.map_output:
+        raise NetworkError(f"the last layer leaves a map {last}: add a readout")
+    if len(last) == 1 and spec.map_output:
+        raise NetworkError(f"map_output needs a map over space at the end, found {last[0]} values")
+    return result
+
+
+def shapes_after(layers: Sequence[Layer], shape: Shape) -> tuple[Shape, ...]:
+    """Shape after each of `layers`, the first of which receives `shape`. Raises NetworkError."""
     result: list[Shape] = []
-    for position, layer in enumerate(spec.layers):
+    for position, layer in enumerate(layers):
         try:
             shape = _after(layer, shape)
         except NetworkError as error:
             raise NetworkError(f"layer {position + 1} ({layer.kind}): {error}") from None
         result.append(shape)
-    if len(shape) > 1:
-        raise NetworkError(f"the last layer leaves a map {shape}: add a readout")
     return tuple(result)
+
+
+def shape_after(layers: Sequence[Layer], shape: Shape) -> Shape:
+    """Shape after the last of `layers`; `shape` itself if there are none. Raises NetworkError."""
+    return (shape, *shapes_after(layers, shape))[-1]
+
+
+def projection_stride(before: Shape, after: Shape) -> int | None:
+    """Least stride of a convolution of width 1 from the extents of `before` to those of `after`."""
+    if len(before) != len(after):
+        return None
+    strides = range(1, max(before[1:], default=1) + 1)
+    pairs = list(zip(before[1:], after[1:], strict=True))
+    return next((s for s in strides if all(-(-n // s) == m for n, m in pairs)), None)
+
+
+def _after(layer: Layer, shape: Shape) -> Shape:
+    """Shape after `layer`; raises NetworkError with the reason alone."""
+    match layer:
+        case Norm() | Activation() | Dropout():
+            return shape
+        case Conv() | Pool() | Upsample() | Readout() | Recurrent() if len(shape) == 1:
+            raise NetworkError(f"needs a map over space, found a vector of {shape[0]}")
+        case Conv():
+            _require_padding(layer, shape[1:])
+            if layer.stride == 1:
+                return (layer.filters, *shape[1:])
+            return (layer.filters, *(-(-n // layer.stride) for n in shape[1:]))
+        case Pool():
+            if any(n < layer.size for n in shape[1:]):
+                raise NetworkError(f"pooling by {layer.size} of the map {shape[1:]}")
+            return (shape[0], *(n // layer.size for n in shape[1:]))
+        case Upsample():
+            if len(layer.size) != len(shape) - 1 or any(n < 1 for n in layer.size):
+                raise NetworkError(f"size {layer.size} of a map {shape[1:]}")
+            return (shape[0], *layer.size)
+        case Readout():
+            return (prod(shape),) if layer.op == "flatten" else (shape[0],)
+        case Recurrent():
+            return _after_recurrent(layer, shape)
+        case Residual():
+            return _after_residual(layer, shape)
+        case Parallel():
+            return _after_parallel(layer, shape)
+        case Dense():
+            if len(shape) > 1:
+                raise NetworkError(f"a dense layer needs a readout before it, found map {shape}")
+            return (layer.units,)
+
+
+def _require_padding(layer: Conv, extents: Shape) -> None:
+    if layer.padding == "circular" and any(n < layer.kernel // 2 for n in extents):
+        raise NetworkError(f"a circular kernel of {layer.kernel} is too wide for the map {extents}")
+
+
+def _after_recurrent(layer: Recurrent, shape: Shape) -> Shape:
+    if len(shape) != 2:
+        raise NetworkError(f"needs a sequence (channels, steps), found a map {shape}")
+    channels = layer.units * (2 if layer.bidirectional else 1)
+    return (channels,) if layer.last else (channels, shape[1])
+
+
+def _after_residual(layer: Residual, shape: Shape) -> Shape:
+    after = shape_after(layer.layers, shape)
+    if projection_stride(shape, after) is None:
+        raise NetworkError(
+            f"no stride leads from its input {shape} to its output {after}: resize or read out "
+            "after it"
+        )
+    return after
+
+
+def _after_parallel(layer: Parallel, shape: Shape) -> Shape:
+    ends: list[Shape] = []
+    for number, branch in enumerate(layer.branches, start=1):
+        try:
+            ends.append(shape_after(branch, shape))
+        except NetworkError as error:
+            raise NetworkError(f"branch {number}: {error}") from None
+    concat = layer.merge == "concat"
+    if len({end[1:] if concat else end for end in ends}) > 1:
+        what = "extents" if concat else "shapes"
+        raise NetworkError(f"its branches end in different {what}: {', '.join(map(str, ends))}")
+    channels = sum(end[0] for end in ends) if concat else ends[0][0]
+    return (channels, *ends[0][1:])

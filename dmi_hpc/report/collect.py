@@ -73,6 +73,63 @@ class Winner:
 
 
 @dataclass(frozen=True)
+class RefinedMember:
+    """One training of one found network; errors in the ensemble's unit. chosen: for the ensemble."""
+
+    network: str
+    seed: int
+    validation_mae: float
+    test_mae: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """How well sigma tells the error: shares of errors within one and two sigma, likelihood, order."""
+
+    nll: float
+    coverage_1: float
+    coverage_2: float
+    rank_correlation: float | None = None
+
+
+@dataclass(frozen=True)
+class EnsembleScores(Uncertainty):
+    """On one split, with the calibrated sigma; raw: with the bare spread of the members."""
+
+    rows: int = 0
+    mae: float = 0.0
+    raw: Uncertainty | None = None
+
+
+@dataclass(frozen=True)
+class Refined:
+    """``search/ensemble/ensemble.json``: the best networks in full, and their ensemble."""
+
+    quantity: str
+    unit: str
+    members: tuple[RefinedMember, ...]
+    validation: EnsembleScores
+    test: EnsembleScores
+
+    @property
+    def best(self) -> RefinedMember:
+        """By the validation split."""
+        return min(self.members, key=lambda member: member.validation_mae)
+
+    @property
+    def networks(self) -> list[tuple[str, list[RefinedMember]]]:
+        """(name, its trainings), in the order of the file."""
+        names = dict.fromkeys(member.network for member in self.members)
+        return [(name, [m for m in self.members if m.network == name]) for name in names]
+
+
+@dataclass(frozen=True)
+class _EnsembleFile:
+    scores: Refined
+
+
+@dataclass(frozen=True)
 class Epoch:
     """One line of ``train/metrics.jsonl``, counted from 0; what was not recorded is None.
 
@@ -174,6 +231,7 @@ class Run:
     data: Dataset | None
     search: Search | None
     winner: Winner | None
+    refined: Refined | None
     training: Training | None
     evaluation: Evaluation | None
     predictions: Predictions | None
@@ -194,6 +252,7 @@ def read_run(run: Path) -> Run:
         data=read_json(_manifest(run, info), Dataset),
         search=read_search(journal) if journal.exists() else None,
         winner=read_json(run / "search" / "winner.json", Winner),
+        refined=_read_refined(run / "search" / "ensemble" / "ensemble.json"),
         training=_read_training(run / "train"),
         evaluation=_read_evaluation(run / "evaluation.json"),
         predictions=_read_predictions(run / "predictions.csv"),
@@ -205,6 +264,11 @@ def _manifest(run: Path, info: RunInfo) -> Path:
     """The run's own shard set, unless the recipe names another one."""
     named = info.recipe.get("data", {}).get("path")
     return (Path(named) if named else run / "data") / "manifest.json"
+
+
+def _read_refined(path: Path) -> Refined | None:
+    found = read_json(path, _EnsembleFile)
+    return found.scores if found is not None else None
 
 
 def _read_training(folder: Path) -> Training | None:

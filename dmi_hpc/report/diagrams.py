@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from dmi_hpc.models.cost import layer_weights
+from dmi_hpc.models.cost import cost, layer_weights
 from dmi_hpc.models.spec import (
     Activation,
     Conv,
@@ -16,13 +16,18 @@ from dmi_hpc.models.spec import (
     Layer,
     NetworkSpec,
     Norm,
+    Parallel,
     Pool,
     Readout,
+    Recurrent,
+    Residual,
     Shape,
+    Upsample,
     shapes,
+    shapes_after,
 )
+from dmi_hpc.report.charts import origin_colour
 from dmi_hpc.report.evaluations import Search, ancestors, known_parents
-from dmi_hpc.report.figures import origin_colour
 from dmi_hpc.report.formatting import compact, number
 
 WIDTH = 900
@@ -42,6 +47,9 @@ class Block:
     parameters: int
 
 
+_OPENS = Conv | Dense | Readout | Upsample | Recurrent | Residual | Parallel
+
+
 def blocks(spec: NetworkSpec) -> list[Block]:
     """The network as its readers think of it: input, blocks, linear head."""
     found = [Block("input", "Input", (), spec.input_shape, 0)]
@@ -49,15 +57,17 @@ def blocks(spec: NetworkSpec) -> list[Block]:
     for layer, after in zip(spec.layers, shapes(spec), strict=True):
         weights, _ = layer_weights(layer, before, after)
         last = found[-1]
-        if isinstance(layer, Conv | Dense | Readout) or last.kind == "input":
-            found.append(Block(layer.kind, layer_text(layer, before), (), after, weights))
+        if isinstance(layer, _OPENS) or last.kind == "input":
+            title, inside = layer_text(layer, before), tuple(inner_texts(layer, before))
+            found.append(Block(layer.kind, title, inside, after, weights))
         else:
             details = (*last.details, layer_text(layer, before))
             total = last.parameters + weights
             found[-1] = Block(last.kind, last.title, details, after, total)
         before = after
-    head = (math.prod(before) + 1) * spec.outputs
-    return [*found, Block("head", "Linear output", (), (spec.outputs,), head)]
+    head = cost(spec).parameters - sum(block.parameters for block in found)
+    shape = (spec.outputs, *before[1:]) if spec.map_output else (spec.outputs,)
+    return [*found, Block("head", "Linear output", (), shape, head)]
 
 
 def layer_text(layer: Layer, before: Shape) -> str:
@@ -70,8 +80,17 @@ def layer_text(layer: Layer, before: Shape) -> str:
             return f"Conv {extent_text((layer.kernel,) * axes)}{stride}{periodic}"
         case Pool():
             return f"{layer.op} pool {layer.size}"
+        case Upsample():
+            return f"Upsample to {extent_text(layer.size)}"
         case Dense():
             return f"Dense {layer.units:,}"
+        case Recurrent():
+            both = ", both ways" if layer.bidirectional else ""
+            return f"{layer.cell.upper()} {layer.units:,}{both}{', last state' * layer.last}"
+        case Residual():
+            return "Residual"
+        case Parallel():
+            return f"Parallel, {layer.merge}"
         case Readout():
             return "Flatten" if layer.op == "flatten" else "Mean over space"
         case Norm():
@@ -80,6 +99,26 @@ def layer_text(layer: Layer, before: Shape) -> str:
             return f"dropout {layer.rate:g}"
         case Activation():
             return layer.function.replace("_", " ")
+
+
+def inner_texts(layer: Layer, before: Shape) -> list[str]:
+    """The layers inside a layer, a line each; branches are marked by their first lines."""
+    match layer:
+        case Residual():
+            return _row_texts(layer.layers, before)
+        case Parallel():
+            rows = [_row_texts(branch, before) or ["as it is"] for branch in layer.branches]
+            return [f"{'| ' if not i else ''}{line}" for row in rows for i, line in enumerate(row)]
+        case _:
+            return []
+
+
+def _row_texts(layers: Sequence[Layer], before: Shape) -> list[str]:
+    texts: list[str] = []
+    for layer, after in zip(layers, shapes_after(layers, before), strict=True):
+        texts += [layer_text(layer, before), *inner_texts(layer, before)]
+        before = after
+    return texts
 
 
 def extent_text(extent: Sequence[int]) -> str:
@@ -99,6 +138,10 @@ _FILL = {
     "input": "muted",
     "conv": "network",
     "readout": "muted",
+    "upsample": "network",
+    "residual": "network",
+    "parallel": "network",
+    "recurrent": "crossover",
     "dense": "founder",
     "head": "mutation",
 }

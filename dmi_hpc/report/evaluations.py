@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from dmi_hpc.report.checked import validate
 class Trial:
     """One evaluation. Times in seconds of search (pauses between resumes do not count).
 
-    Still running if neither `fitness` nor `failure` is set.
+    Still running if neither `fitness` nor `failure` is set. metrics: the numbers it reported;
+    predicted: what the surrogate thought of it before, lower is better, if it was asked.
     """
 
     id: int
@@ -29,31 +30,43 @@ class Trial:
     fitness: float | None = None
     failure: str | None = None
     message: str = ""
-    parameters: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
 class Search:
-    """All evaluations by id. `resumed`: when the search was continued, on the same clock."""
+    """All evaluations by id.
+
+    resumed: when the search was continued, on the same clock; objectives: what was minimised beside
+    the error, by names of metrics; population: breeding members.
+    """
 
     trials: Mapping[int, Trial]
     elapsed: float
     workers: int | None
     resumed: tuple[float, ...] = ()
+    objectives: tuple[str, ...] = ()
+    population: int | None = None
 
     @cached_property
     def finished(self) -> tuple[Trial, ...]:
         """Evaluations with a fitness, in the order in which they ended."""
-        done = [trial for trial in self.trials.values() if trial.fitness is not None]
+        done = [trial for trial in self.own if trial.fitness is not None]
         return tuple(sorted(done, key=lambda trial: trial.told or 0.0))
 
     @cached_property
     def failed(self) -> tuple[Trial, ...]:
-        return tuple(trial for trial in self.trials.values() if trial.failure is not None)
+        return tuple(trial for trial in self.own if trial.failure is not None)
+
+    @cached_property
+    def own(self) -> tuple[Trial, ...]:
+        """Without the migrants: what other islands evaluated, with ids below zero."""
+        return tuple(trial for trial in self.trials.values() if trial.id >= 0)
 
     @property
     def unfinished(self) -> int:
-        return len(self.trials) - len(self.finished) - len(self.failed)
+        return len(self.own) - len(self.finished) - len(self.failed)
 
     @property
     def best(self) -> Trial | None:
@@ -64,7 +77,7 @@ class Search:
         """Share of the workers' time spent in evaluations that ended; None if not known."""
         if not self.workers or self.elapsed <= 0:
             return None
-        busy = sum(trial.seconds for trial in self.trials.values())
+        busy = sum(trial.seconds for trial in self.own)
         return busy / (self.workers * self.elapsed)
 
     def failures(self) -> list[tuple[str, int, str]]:
@@ -91,6 +104,16 @@ class _Ask:
     genome: dict[str, Any] = field(default_factory=dict)
     origin: str = "unknown"
     parents: tuple[int, ...] = ()
+    predicted: float | None = None
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What the header's ``config`` says of the search, as far as it is shown."""
+
+    workers: int | None = None
+    objectives: tuple[str, ...] = ()
+    population: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +132,7 @@ def read_search(path: Path) -> Search:
     """Replay the journal. An answer without its question (torn by a crash) is ignored."""
     trials: dict[int, Trial] = {}
     resumed: list[float] = []
-    workers: int | None = None
+    config = _Config()
     last: float | None = None
     clock = 0.0
     for line in read_json_lines(path):
@@ -120,31 +143,35 @@ def read_search(path: Path) -> Search:
             clock += max(0.0, event.time - last)
         last = event.time
         if event.event == "header":
-            workers = event.config.get("workers")
-        elif event.event == "ask":
+            config = validate(event.config, _Config, path)
+        if event.event in ("ask", "migrant"):
             ask = validate(line, _Ask, path)
-            trials[ask.id] = Trial(ask.id, ask.origin, ask.parents, ask.genome, asked=clock)
-        elif event.event == "tell":
+            origin = ask.origin if event.event == "ask" else "migrant"
+            trials[ask.id] = Trial(
+                ask.id, origin, ask.parents, ask.genome, clock, predicted=ask.predicted
+            )
+        if event.event in ("tell", "migrant"):
             tell = validate(line, _Tell, path)
             if tell.id in trials:
                 trials[tell.id] = _told(trials[tell.id], tell, clock)
-    return Search(trials, clock, workers if isinstance(workers, int) else None, tuple(resumed))
+    objectives = tuple(name for name in config.objectives if name != "error")
+    return Search(trials, clock, config.workers, tuple(resumed), objectives, config.population)
 
 
 def _told(trial: Trial, tell: _Tell, clock: float) -> Trial:
-    parameters = tell.metrics.get("parameters")
-    return Trial(
-        id=trial.id,
-        origin=trial.origin,
-        parents=trial.parents,
-        genome=trial.genome,
-        asked=trial.asked,
+    succeeded = tell.status == "ok"
+    return replace(
+        trial,
         told=clock,
         seconds=tell.seconds,
-        fitness=tell.fitness if tell.status == "ok" else None,
-        failure=None if tell.status == "ok" else (tell.failure or tell.status),
+        fitness=tell.fitness if succeeded else None,
+        failure=None if succeeded else (tell.failure or tell.status),
         message=tell.message,
-        parameters=float(parameters) if isinstance(parameters, int | float) else None,
+        metrics={
+            name: float(value)
+            for name, value in tell.metrics.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        },
     )
 
 

@@ -15,10 +15,10 @@ from markupsafe import Markup
 
 from dmi_hpc.models.cost import cost
 from dmi_hpc.models.spec import NetworkSpec
-from dmi_hpc.report import diagrams, figures
+from dmi_hpc.report import charts, diagrams, figures
 from dmi_hpc.report.collect import Evaluation, Method, Predictions, Run
-from dmi_hpc.report.evaluations import Search, Trial, changes, lineage
 from dmi_hpc.report.formatting import MISSING, compact, duration, number
+from dmi_hpc.report.search_section import search_context
 
 # (stage, command that runs it)
 STAGES = {
@@ -28,8 +28,6 @@ STAGES = {
     "evaluation": "dmi evaluate",
 }
 WORST_SHOWN = 8
-LINEAGE_SHOWN = 12
-CHANGES_SHOWN = 5
 _NBSP = "\N{NO-BREAK SPACE}"
 
 
@@ -55,13 +53,13 @@ def render(run: Run) -> str:
         "headline": headline(run),
         "tiles": _tiles(run),
         "missing": missing_stages(run),
-        "light": figures.LIGHT,
-        "dark": figures.DARK,
+        "light": charts.LIGHT,
+        "dark": charts.DARK,
         "recipe": json.dumps(run.info.recipe, indent=2, ensure_ascii=False),
         "identity": _identity(run),
         **_result(run),
         **_training(run),
-        **_search(run),
+        **search_context(run),
         **_network(run),
         "pictures": [
             (picture.caption, base64.b64encode(picture.png).decode()) for picture in run.gallery
@@ -85,6 +83,13 @@ def headline(run: Run) -> str:
     """The result of the run in one sentence, whatever stage it has reached."""
     if run.evaluation is not None:
         return _evaluation_headline(run.evaluation, evolved=_evolved(run))
+    if run.refined is not None:
+        members, test = sum(m.chosen for m in run.refined.members), run.refined.test
+        return (
+            f"An ensemble of {members} trainings of the best networks found predicts "
+            f"{run.refined.quantity} of {test.rows:,} unseen test rows with a mean absolute error of "
+            f"{number(test.mae)}{_NBSP}{run.refined.unit}."
+        )
     if run.training is not None and run.training.epochs:
         known = [e.validation_mae for e in run.training.epochs if e.validation_mae is not None]
         best = f", best validation MAE {number(min(known))}" if known else ""
@@ -201,39 +206,6 @@ def _training(run: Run) -> dict[str, Any]:
         "training_seconds": sum(epoch.seconds or 0.0 for epoch in epochs),
         "training_rate": float(np.median(rates)) if rates else None,
     }
-
-
-def _search(run: Run) -> dict[str, Any]:
-    search = run.search
-    if search is None or not search.trials:
-        return {"progress": None, "size_figure": None, "genealogy": None}
-    winner = run.winner.id if run.winner else (search.best.id if search.best else None)
-    sized = any(trial.parameters for trial in search.finished)
-    born = winner is not None and winner in search.trials
-    return {
-        "progress": Markup(figures.search_progress(search)) if search.elapsed else None,
-        "size_figure": Markup(figures.size_against_fitness(search, winner)) if sized else None,
-        "genealogy": Markup(diagrams.genealogy(search, winner))
-        if born and winner is not None
-        else None,
-        "winner_id": winner,
-        "steps": _steps(search, winner) if born and winner is not None else [],
-    }
-
-
-def _steps(search: Search, winner: int) -> list[tuple[Trial, str]]:
-    """The winner's line of descent with what each generation changed, the newest last."""
-    line = lineage(search, winner)
-    steps = []
-    for before, after in zip([None, *line], line, strict=False):
-        if before is None:
-            steps.append((after, "start of the line"))
-            continue
-        found = changes(before.genome, after.genome)
-        more = len(found) - CHANGES_SHOWN
-        shown = found[:CHANGES_SHOWN] + ([f"and {more} more"] if more > 0 else [])
-        steps.append((after, "; ".join(shown) or MISSING))
-    return steps[-LINEAGE_SHOWN:]
 
 
 def _network(run: Run) -> dict[str, Any]:

@@ -138,12 +138,25 @@ def genome(rng: np.random.Generator, parent: dict[str, Any] | None = None) -> di
     return child
 
 
-def write_search(run: Path, *, trials: int = 64, workers: int = 2, all_fail: bool = False) -> int:
-    """A journal of `trials` evaluations with one resume; returns the best id."""
+def write_search(
+    run: Path,
+    *,
+    trials: int = 64,
+    workers: int = 2,
+    all_fail: bool = False,
+    new_keys: bool = False,
+) -> int:
+    """A journal of `trials` evaluations with one resume; returns the best id.
+
+    new_keys: with those that journals of older versions do not have.
+    """
     rng = np.random.default_rng(3)
     time, free = START, [START] * workers
     header = {"event": "header", "version": 1, "seed": 7, "time": START}
-    events: list[dict[str, Any]] = [{**header, "config": {"workers": workers}}]
+    config: dict[str, Any] = {"workers": workers}
+    if new_keys:
+        config |= {"objectives": ["error", "flops", "parameters"], "population": 12}
+    events: list[dict[str, Any]] = [{**header, "config": config}]
     genomes: dict[int, dict[str, Any]] = {}
     fitness: dict[int, float] = {}
     for i in range(trials):
@@ -164,6 +177,7 @@ def write_search(run: Path, *, trials: int = 64, workers: int = 2, all_fail: boo
             {"event": "ask", "id": i, "time": time, "genome": genomes[i], "hash": f"{i:032x}"}
             | {"origin": origin, "parents": parents}
         )
+        asked = events[-1]
         seconds = float(rng.uniform(2, 7))
         free[worker] += seconds + 0.3
         tell: dict[str, Any] = {
@@ -179,7 +193,10 @@ def write_search(run: Path, *, trials: int = 64, workers: int = 2, all_fail: boo
             base = min((fitness[p] for p in parents), default=float(rng.uniform(0.25, 0.9)))
             fitness[i] = base * float(np.exp(rng.normal(0.06, 0.16)))
             parameters = int(10 ** rng.uniform(4, 6.5))
-            tell |= {"status": "ok", "fitness": fitness[i], "metrics": {"parameters": parameters}}
+            tell |= {"status": "ok", "fitness": fitness[i]}
+            tell["metrics"] = {"parameters": parameters, "flops": 30 * parameters + 5, "note": "x"}
+            if new_keys and parents:
+                asked["predicted"] = fitness[i] + float(rng.normal(0, 0.1))
         events.append(tell)
     ordered = sorted(events, key=lambda event: (event["time"], event["event"] != "ask"))
     ordered.sort(key=lambda event: event["event"] != "header")
@@ -203,6 +220,27 @@ def write_search(run: Path, *, trials: int = 64, workers: int = 2, all_fail: boo
         },
     )
     return best
+
+
+def write_ensemble(run: Path) -> dict[str, Any]:
+    """What `dmi search refine` leaves, without the members' weights; returns its scores."""
+    raw = {"nll": 1.9, "coverage_1": 0.41, "coverage_2": 0.67, "rank_correlation": 0.52}
+    good = {"nll": 0.71, "coverage_1": 0.702, "coverage_2": 0.958, "rank_correlation": 0.55}
+    scores = {
+        "quantity": "C1111",
+        "unit": "GPa",
+        "members": [
+            {"network": str(n), "seed": s, "validation_mae": 0.03 + 0.001 * s}
+            | {"test_mae": 0.031 + n / 1e4, "chosen": s < 9}
+            for n in (40, 12)
+            for s in (7, 8, 9)
+        ],
+        "validation": {"rows": 120, "mae": 0.027, **good, "raw": raw},
+        "test": {"rows": 120, "mae": 0.0283, **good, "raw": raw},
+    }
+    content = {"format": "dmi-ensemble", "version": 1, "members": [], "scores": scores}
+    write_json(run / "search" / "ensemble" / "ensemble.json", content)
+    return scores
 
 
 def write_training(run: Path, network: dict[str, Any], *, epochs: int = 60) -> None:

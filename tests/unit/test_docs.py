@@ -201,6 +201,8 @@ def command_of(words: list[str]) -> tuple[typing.Any, list[str]]:
     command = typer.main.get_command(importlib.import_module(COMMANDS[name][0]).app)
     if hasattr(command, "commands"):
         assert rest, f"dmi {name} needs a sub-command"
+        if name == "search" and rest[0] not in command.commands:  # of a recipe: run
+            rest = ["run", *rest]
         assert rest[0] in command.commands, f"no command {name} {rest[0]}"
         return command.commands[rest[0]], rest[1:]
     return command, rest

@@ -221,7 +221,8 @@ def test_a_session_records_what_its_machine_gave(recipe, tmp_path):
     first, second = read_json_lines(tmp_path / "journal.jsonl")
     assert (first["config"]["workers"], first["config"]["trial_memory_GB"]) == (1, 2.0)
     assert second["event"] == "resume"
-    assert second["config"] == {"workers": 3, "trial_memory_GB": 0.5}
+    assert (second["config"]["workers"], second["config"]["trial_memory_GB"]) == (3, 0.5)
+    assert second["config"]["evaluations"] == recipe.search.evaluations
 
 
 def test_a_full_disk_ends_the_search_and_loses_nothing(recipe, tmp_path, monkeypatch):

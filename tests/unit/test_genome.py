@@ -23,6 +23,7 @@ from dmi_hpc.models.spec import (
     Readout,
     shapes,
 )
+from search.features import Features
 from search.genome import (
     ConvGene,
     DenseGene,
@@ -35,7 +36,7 @@ from search.genome import (
     structural_hash,
     to_json,
 )
-from search.space import Features, random_genome, require_consistent
+from search.space import random_genome, require_consistent
 
 HYPER = {
     "batch_size": Choice(values=(8, 16, 32), ordered=True),

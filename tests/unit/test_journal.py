@@ -7,9 +7,10 @@ import pytest
 
 from dmi_hpc.errors import FormatVersionError, RunError
 from dmi_hpc.models.space import Choice, FloatRange, NetworkSpace, SearchSpace
-from search.evolve import Evolution, EvolutionConfig, Failure, Success
+from search.evolve import Evolution, EvolutionConfig, Failure, Proposal, Success
 from search.genome import to_json
-from search.journal import Journal, header, outcome_of, replay
+from search.journal import Journal, adopt, header, outcome_of, replay
+from search.lines import decode, encode
 from search.networks import Networks
 
 SPACE = SearchSpace(
@@ -148,8 +149,8 @@ def test_a_missing_journal_or_header_is_an_error(tmp_path):
 
 def test_a_newer_version_is_refused(tmp_path):
     path = tmp_path / "journal.jsonl"
-    path.write_text(json.dumps({**header(fresh()), "version": 2}) + "\n")
-    with pytest.raises(FormatVersionError, match=r"version 2.*up to 1"):
+    path.write_bytes(encode({**header(fresh()), "version": 3}))
+    with pytest.raises(FormatVersionError, match=r"version 3.*up to 2"):
         Journal.open(path)
 
 
@@ -186,9 +187,9 @@ def edited(event):
 def test_an_edited_journal_is_refused(tmp_path, change, message):
     path = tmp_path / "journal.jsonl"
     finished(path)
-    lines = path.read_text().splitlines()
-    lines[1] = json.dumps(change(json.loads(lines[1])))
-    path.write_text("\n".join(lines) + "\n")
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = encode(change(decode(lines[1].rstrip())))
+    path.write_bytes(b"".join(lines))
     with pytest.raises(RunError, match=message):
         replay(Journal.open(path), fresh())
 
@@ -202,3 +203,135 @@ def test_two_searches_in_one_journal_are_noticed(tmp_path):
     journal.ask(proposal, to_json(proposal.genome))
     with pytest.raises(RunError, match="asked twice"):
         replay(journal, fresh())
+
+
+def test_a_changed_byte_costs_its_line_alone_and_is_named(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    whole = finished(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    number = next(
+        n for n, line in enumerate(lines) if b'"tell","time"' in line and b'"id":4' in line
+    )
+    lines[number] = lines[number].replace(b'"fitness":', b'"fitness":1')
+    path.write_bytes(b"".join(lines))
+    journal, evolution = Journal.open(path), fresh()
+    pending = replay(journal, evolution)
+    assert journal.damaged == (number + 1,)
+    assert [proposal.id for proposal in pending] == [4]
+    assert set(whole.outcomes) - set(evolution.outcomes) == {4}
+    assert all(evolution.outcomes[n] == whole.outcomes[n] for n in evolution.outcomes)
+
+
+def test_a_damaged_header_is_refused(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    finished(path)
+    text = path.read_bytes()
+    path.write_bytes(text.replace(b'"seed":3', b'"seed":4', 1))
+    with pytest.raises(RunError, match="damaged"):
+        Journal.open(path)
+    path.write_bytes(text.replace(b',"sum":"', b',"some":"', 1))
+    with pytest.raises(RunError, match="checksum is missing"):
+        Journal.open(path)
+
+
+def test_every_session_tells_its_code_and_every_ask_its_lineage(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    whole = finished(path)
+    Journal.open(path).resumed({"workers": 3})
+    first, *events, last = Journal.open(path).events()
+    for session in (first, last):
+        assert set(session["code"]) == {"dmi_hpc", "git", "torch", "python"}
+        assert session["process"]["host"]
+    asks = {event["id"]: event for event in events if event["event"] == "ask"}
+    for number, proposal in whole.proposals.items():
+        assert asks[number]["parents"] == list(proposal.parents)
+        assert all(parent in asks for parent in proposal.parents)
+        assert asks[number].get("predicted") == proposal.predicted
+
+
+OLD = """\
+{"event":"header","version":1,"seed":3,"space":"c0b1a9f30a1f677a046242548c1f5e12","config":\
+{"population":6,"tournament":3,"initial":6,"crossover":0.5,"surrogate":true,"pool":8,"unfiltered":0.1,\
+"workers":2,"data":"aa"},"time":1795371382.6182942}
+{"event":"ask","time":1795371382.6257634,"id":0,"genome":{"conv":[{"filters":24,"kernel":5,"padding":\
+"circular","norm":null,"activation":"elu","pool":"max","dropout":0.0},{"filters":128,"kernel":1,"padding":\
+"zeros","norm":"batch","activation":"elu","pool":"max","dropout":0.3}],"readout":"flatten","dense":[],\
+"hyper":{"batch_size":16,"learning_rate":2.31e-05}},"hash":"235c1bb6eecf68204ce67adcb0470178","origin":"random","parents":[]}
+{"event":"tell","time":1795371382.6291604,"id":0,"status":"ok","fitness":0.25,"seconds":1.5,"metrics":{}}
+{"event":"ask","time":1795371382.6496077,"id":1,"genome":{"conv":[{"filters":128,"kernel":5,"padding":\
+"zeros","norm":null,"activation":"relu","pool":"max","dropout":0.1}],"readout":"flatten","dense":[],\
+"hyper":{"batch_size":16,"learning_rate":8.61e-05}},"hash":"093747a35bacea55690a39e89241b28c","origin":"random","parents":[]}
+{"event":"resume","time":1795371382.6456652,"config":{"workers":2}}
+{"event":"ask","ti"""
+
+
+def test_version_1_is_read_and_continued(tmp_path):
+    """Written by the first DMI-HPC: no checksums, no code, other constants; torn at its end."""
+    path = tmp_path / "journal.jsonl"
+    path.write_text(OLD)
+    journal, evolution = Journal.open(path), fresh()
+    assert [proposal.id for proposal in replay(journal, evolution)] == [1]
+    assert evolution.outcomes == {0: Success(0.25)}
+    journal.resumed()
+    journal.tell(1, Success(0.5), 1.0)
+    again, evolution = Journal.open(path), fresh()
+    assert replay(again, evolution) == []
+    assert evolution.outcomes == {0: Success(0.25), 1: Success(0.5)}
+    assert again.damaged == (6,)  # the torn one
+
+
+def larger(**changes):
+    network = SPACE.network.model_copy(update={"conv_blocks": (1, 6), **changes})
+    return Evolution(Networks(SPACE.model_copy(update={"network": network})), CONFIG)
+
+
+def test_a_larger_space_takes_the_journal_over_if_it_is_asked_for(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    whole = finished(path)
+    with pytest.raises(RunError, match=r"space is .*--larger-space"):
+        replay(Journal.open(path), larger())
+    evolution = larger()
+    assert replay(Journal.open(path), evolution, larger_space=True) == []
+    assert evolution.outcomes == whole.outcomes
+    journal, proposal = Journal.open(path), evolution.ask()
+    journal.ask(proposal, to_json(proposal.genome))
+    again = larger()  # the journal is that of the larger space now
+    assert [p.id for p in replay(Journal.open(path), again)] == [proposal.id]
+    with pytest.raises(RunError, match="space is"):
+        replay(Journal.open(path), fresh())
+
+
+def test_a_space_that_does_not_contain_the_old_genomes_is_refused(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    finished(path)
+    less = SPACE.model_copy(update={"hyper": {"batch_size": SPACE.hyper["batch_size"]}})
+    before = path.read_bytes()
+    with pytest.raises(RunError, match=r"genome 0 is not valid in the new space .*--from"):
+        replay(Journal.open(path), Evolution(Networks(less), CONFIG), larger_space=True)
+    assert path.read_bytes() == before
+
+
+def test_migrants_are_replayed_and_meet_no_own_number(tmp_path):
+    path, evolution = tmp_path / "journal.jsonl", fresh()
+    journal = Journal.create(path, evolution)
+    other = Evolution(Networks(SPACE), EvolutionConfig(seed=9, initial=6, population=6, pool=8))
+    for number in range(3):
+        foreign = other.ask()
+        told = Success(0.1 + number)
+        journal.record(
+            "migrant",
+            id=-1 - number,
+            **{"from": {"island": "b", "id": foreign.id}},
+            genome=to_json(foreign.genome),
+            hash=foreign.hash,
+            status="ok",
+            fitness=told.fitness,
+        )
+        adopt(evolution, Proposal(-1 - number, foreign.genome, "migrant", (), foreign.hash), told)
+    work(journal, evolution, [])
+    assert evolution.best() is not None and min(evolution.proposals) == -3
+    again = fresh()
+    assert replay(Journal.open(path), again) == []
+    assert again.proposals == evolution.proposals
+    assert again.outcomes == evolution.outcomes
+    assert again.ask() == evolution.ask()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from dmi_hpc.config import load_recipe
 from dmi_hpc.tasks import make_task
 from search.driver import founder_defaults
 from search.evolve import Failure, Success
-from search.genome import founder_genome, to_json
-from search.trial import Evaluator
+from search.genome import DenseGene, founder_genome, to_json
+from search.kept import Kept, Origin
+from search.trial import Assignment, Evaluator, Goal
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,128 @@ def test_a_device_that_no_longer_answers_spends_its_worker(
     evaluator = Evaluator(recipe, data, torch.device("cuda", 0), memory_GB=1.0)
     assert evaluator(to_json(genome)).told.kind == kind
     assert evaluator.spent is not answers
+
+
+def keeping(data, folder, epochs=6, train=""):
+    """An evaluator that keeps what its trials need, and the genome of the founder."""
+    path = toy_recipe(folder / "toy.toml", data, train=f"epochs = 6\n{train}")
+    path.write_text(path.read_text().replace("\nepochs = 2\n", f"\nepochs = {epochs}\n"))
+    recipe = load_recipe(path)
+    space = make_task(recipe.task).space()
+    genome = founder_genome(space.founders[0], space, founder_defaults(space, recipe.train))
+    kept = Kept(folder / "search")
+    return Evaluator(recipe, data, torch.device("cpu"), 1.0, kept), kept, genome
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle", "plateau"])
+def test_a_trial_that_paused_goes_on_as_if_it_had_not(data, tmp_path, schedule):
+    train = f'schedule = "{schedule}"'
+    straight, kept, genome = keeping(data, tmp_path, train=train)
+    whole = straight(to_json(genome), Assignment(1))
+    for epochs in (1, 3, 6):
+        # each time another worker
+        evaluator, *_ = keeping(data, tmp_path, train=train)
+        paused = evaluator(to_json(genome), Assignment(2, Goal(epochs)))
+        assert paused.metrics["epochs"] == epochs
+    assert paused.told == whole.told
+    first, second = kept.weights(1), kept.weights(2)
+    assert first.weights.keys() == second.weights.keys()
+    assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+    assert len(list(kept.checkpoints(2).iterdir())) <= 2  # the newest and the best
+
+
+def test_in_one_go_or_kept_the_fitness_is_the_same(data, tmp_path):
+    evaluator, _, genome = keeping(data, tmp_path)
+    plain, kept = evaluator(to_json(genome)), evaluator(to_json(genome), Assignment(1))
+    assert plain.told == kept.told
+    assert kept.metrics["lineage_epochs"] == kept.metrics["epochs"] == 6
+
+
+@pytest.mark.parametrize(
+    ("goal", "epochs"),
+    [(Goal(300, "samples"), 3), (Goal(1e-9, "seconds"), 1), (Goal(1e9, "seconds"), 6)],
+)
+def test_budgets_in_samples_and_seconds(data, tmp_path, goal, epochs):
+    evaluator, *_, genome = keeping(data, tmp_path)
+    metrics = evaluator(to_json(genome), Assignment(1, goal)).metrics
+    assert metrics["epochs"] == epochs
+    assert metrics["training_s"] > 0
+
+
+def test_a_goal_that_was_reached_before_costs_nothing_more(data, tmp_path):
+    evaluator, *_, genome = keeping(data, tmp_path)
+    first = evaluator(to_json(genome), Assignment(1))
+    again = evaluator(to_json(genome), Assignment(1))
+    assert again.told == first.told
+    assert again.metrics == first.metrics
+
+
+def wider(genome):
+    (gene,) = genome.dense
+    return replace(genome, dense=(replace(gene, units=2 * gene.units),))
+
+
+def test_a_child_begins_with_the_weights_of_its_parent(data, tmp_path):
+    evaluator, kept, genome = keeping(data, tmp_path)
+    parent = evaluator(to_json(genome), Assignment(1))
+    child = to_json(wider(genome))
+    anew = evaluator(child, Assignment(2, Goal(1)))
+    inherits = evaluator(child, Assignment(3, Goal(1), parents=(7, 1)))
+    assert inherits.told.fitness < anew.told.fitness
+    assert inherits.metrics["inherited_from"] == 1
+    assert inherits.metrics["inherited"] == 1.0
+    assert inherits.metrics["lineage_epochs"] == parent.metrics["epochs"] + 1
+    assert "inherited_from" not in anew.metrics
+    assert kept.weights(7) is None
+
+
+def test_the_parent_that_gives_more_is_taken(data, tmp_path):
+    evaluator, _, genome = keeping(data, tmp_path)
+    deeper = replace(wider(genome), dense=(DenseGene(4, "batch", "tanh", 0.0),) * 3)
+    evaluator(to_json(deeper), Assignment(1, Goal(1)))
+    evaluator(to_json(genome), Assignment(2, Goal(1)))
+    child = evaluator(to_json(wider(genome)), Assignment(3, Goal(1), parents=(1, 2)))
+    assert child.metrics["inherited_from"] == 2
+
+
+def test_a_trial_that_goes_on_does_not_inherit_again(data, tmp_path):
+    evaluator, kept, genome = keeping(data, tmp_path)
+    evaluator(to_json(genome), Assignment(1, Goal(2)))
+    evaluator(to_json(genome), Assignment(2, Goal(1), parents=(1,)))
+    kept.prune({2}, {2})
+    last = evaluator(to_json(genome), Assignment(2, Goal(3), parents=(1,)))
+    assert last.metrics["inherited_from"] == 1
+    assert last.metrics["lineage_epochs"] == 2 + 3
+
+
+def test_what_is_kept_stays_bounded(data, tmp_path):
+    evaluator, kept, genome = keeping(data, tmp_path)
+    for number in range(4):
+        evaluator(to_json(genome), Assignment(number, Goal(1)))
+    kept.prune(trials={1, 2}, parents={3})
+    assert sorted(path.name for path in (tmp_path / "search" / "trials").iterdir()) == ["1", "2"]
+    assert [kept.weights(number) is not None for number in range(4)] == [False] * 3 + [True]
+    # its checkpoint is gone: it begins anew, and comes as far
+    assert evaluator(to_json(genome), Assignment(0, Goal(2))).metrics["epochs"] == 2
+
+
+@pytest.mark.parametrize("name", ["weights", "origin"])
+def test_what_is_damaged_is_named(data, tmp_path, name):
+    evaluator, _, genome = keeping(data, tmp_path)
+    evaluator(to_json(genome), Assignment(1, Goal(1)))
+    (path,) = (tmp_path / "search").rglob("1.safetensors" if name == "weights" else "origin.json")
+    path.write_bytes(b"{")
+    number, parents = (2, (1,)) if name == "weights" else (1, ())
+    told = evaluator(to_json(genome), Assignment(number, Goal(2), parents)).told
+    assert told.kind == "exception"
+    assert str(path) in told.message
+    assert "Remove the" in told.message
+
+
+def test_an_origin_is_read_as_it_was_saved(tmp_path):
+    origin = Origin(parent=3, share=0.25, epochs=12.0, seconds=1.5)
+    Kept(tmp_path).save_origin(4, origin)
+    assert Kept(tmp_path).origin(4) == origin
 
 
 HANGS = """

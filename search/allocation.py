@@ -1,0 +1,66 @@
+"""What still fits into the time that is left: no trial starts that cannot finish.
+
+Pure: who asks says what time it is. How long a trial takes is learned from those that finished.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+import numpy as np
+
+from dmi_hpc.deadline import FLOOR_S, End, end_of
+
+RECENT = 64  # durations looked at: later trials may be of larger networks
+ENOUGH = 4  # durations, before they say anything
+QUANTILE = 0.9  # of them must fit
+
+
+class Allocation:
+    """The time of one session: until its job ends, and until the user's own limit."""
+
+    def __init__(
+        self, job: End | None = None, limit: End | None = None, margin_s: float = FLOOR_S
+    ) -> None:
+        """job: by then all processes are gone, and `margin_s` before it nothing runs. limit: no
+        trial starts that takes longer, but those that run go on."""
+        self._left_at = None if job is None else End(job.at - margin_s, job.source)
+        ends = [end for end in (self._left_at, limit) if end is not None]
+        self.end = min(ends, key=lambda end: end.at, default=None)
+        self._durations: deque[float] = deque(maxlen=RECENT)
+        self.closed: str | None = None  # why no trial starts any more
+
+    @classmethod
+    def of(cls, env: Mapping[str, str], time_limit_s: float | None, now: float) -> Allocation:
+        """By SLURM_JOB_END_TIME and the recipe's limit. LaunchError if the former is no time."""
+        limit = None if time_limit_s is None else End(now + time_limit_s, "time_limit_s")
+        return cls(end_of(env, None, now), limit)
+
+    def finished(self, seconds: float) -> None:
+        """A trial took so long."""
+        self._durations.append(seconds)
+
+    @property
+    def predicted_s(self) -> float:
+        """What a trial may take; 0 while too few have finished to tell."""
+        if len(self._durations) < ENOUGH:
+            return 0.0
+        return float(np.quantile(self._durations, QUANTILE))
+
+    def may_start(self, now: float) -> bool:
+        """Whether a trial that starts at `now` (epoch seconds) can finish. A no is for good."""
+        if self.closed is None and self.end is not None:
+            left = max(0.0, self.end.at - now)
+            if left == 0 or left < self.predicted_s:
+                self.closed = (
+                    f"{left:.0f} s are left ({self.end.source}), and a trial may take "
+                    f"{self.predicted_s:.0f} s"
+                )
+        return self.closed is None
+
+    def is_over(self, now: float) -> str | None:
+        """Why trials that still run must be left; None to go on."""
+        if self._left_at is None or now < self._left_at.at:
+            return None
+        return f"the time is over ({self._left_at.source})"

@@ -1,0 +1,63 @@
+"""No trial starts that cannot finish."""
+
+import pytest
+
+from dmi_hpc.deadline import End
+from dmi_hpc.errors import LaunchError
+from search.allocation import Allocation
+
+END = End(1000.0, "SLURM_JOB_END_TIME")
+
+
+def test_without_an_end_everything_may_start():
+    allocation = Allocation()
+    allocation.finished(1e9)
+    assert allocation.may_start(1e12)
+    assert allocation.is_over(1e12) is None
+    assert allocation.closed is None
+
+
+def test_the_first_trials_start_as_long_as_there_is_time():
+    allocation = Allocation(END, margin_s=10)
+    assert allocation.may_start(989)
+    assert not allocation.may_start(991)
+
+
+def test_a_trial_must_fit_as_nine_of_ten_before_it_took():
+    allocation = Allocation(END, margin_s=10)
+    for seconds in (100.0,) * 9 + (200.0, 5000.0):  # one outlier closes nothing
+        allocation.finished(seconds)
+    assert allocation.predicted_s == 200.0
+    assert allocation.may_start(789)
+    assert not allocation.may_start(791)
+    assert allocation.closed == "199 s are left (SLURM_JOB_END_TIME), and a trial may take 200 s"
+    assert not allocation.may_start(0)  # closed for good: what is left cannot grow
+
+
+def test_later_durations_count():
+    allocation = Allocation(limit=END)
+    for seconds in [1.0] * 200 + [50.0] * 60:
+        allocation.finished(seconds)
+    assert allocation.predicted_s == 50.0
+
+
+@pytest.mark.parametrize(("now", "over"), [(980, False), (989.9, False), (990.1, True)])
+def test_running_ones_are_left_at_the_end(now, over):
+    said = Allocation(END, margin_s=10).is_over(now)
+    assert said == ("the time is over (SLURM_JOB_END_TIME)" if over else None)
+
+
+def test_the_users_limit_leaves_nothing_and_has_no_margin():
+    allocation = Allocation(limit=End(1000.0, "time_limit_s"), margin_s=10)
+    assert allocation.may_start(999)
+    assert not allocation.may_start(1001)
+    assert allocation.is_over(5000) is None
+
+
+def test_the_earlier_end_counts():
+    env = {"SLURM_JOB_END_TIME": "1000"}
+    assert Allocation.of(env, None, 100.0).end == End(990.0, "SLURM_JOB_END_TIME")
+    assert Allocation.of(env, 50.0, 100.0).end == End(150.0, "time_limit_s")
+    assert Allocation.of({}, None, 100.0).end is None
+    with pytest.raises(LaunchError, match="expected seconds since 1970"):
+        Allocation.of({"SLURM_JOB_END_TIME": "noon"}, None, 100.0)
