@@ -195,7 +195,7 @@ class SearchConfig(Config):
     least_epochs: int | None = Field(
         None, ge=1, description="a trial pauses after so many; only the best go on, up to `epochs`"
     )
-    reduction: int = Field(4, ge=2, description="of so many trials that paused, one goes on")
+    reduction: int = Field(3, ge=2, description="of so many trials that paused, one goes on")
     inherit: bool = Field(False, description="a child begins with what fits of a parent's weights")
     objectives: tuple[ObjectiveName, ...] = Field(
         ("error",), description="what is minimised: error, and costs to be traded for it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import log, log2, log10
 from typing import Generic, get_args
 
@@ -58,6 +59,9 @@ _RECURRENT_NAMES = (
 )
 
 
+_KNOWN = 10_000  # networks whose sizes are kept
+
+
 class Features:
     """A fixed-length description of any genome of a space, for distances between genomes.
 
@@ -78,6 +82,7 @@ class Features:
             self._dense.append(_Blocks("dense", dense, _DENSE_SHAPES, _dense_shape))
         if most := network.recurrent_blocks[1]:
             self._recurrent.append(_Blocks("recurrent", most, _RECURRENT_NAMES, _recurrent_numbers))
+        self._networks: dict[Genome, list[float]] = {}
         self.names = self._names()
 
     def __call__(self, genome: Genome) -> Vector:
@@ -109,11 +114,19 @@ class Features:
         return tuple(names)
 
     def _whole(self, genome: Genome) -> list[float]:
-        found = cost(decode(genome, self._space.network))
-        blocks = zip((genome.conv, genome.dense), self._depths, strict=True)
-        depths = [len(genes) / most for genes, most in blocks]
-        sizes = [log10(n) / 10 for n in (found.parameters, found.flops, found.activations)]
-        return [*depths, *sizes, *_one_hot(genome.readout, _READOUTS)]
+        # most candidates have the network of another one, and other hyper-parameters
+        network = replace(genome, hyper=())
+        known = self._networks.get(network)
+        if known is None:
+            found = cost(decode(network, self._space.network))
+            blocks = zip((genome.conv, genome.dense), self._depths, strict=True)
+            depths = [len(genes) / most for genes, most in blocks]
+            sizes = [log10(n) / 10 for n in (found.parameters, found.flops, found.activations)]
+            known = [*depths, *sizes, *_one_hot(genome.readout, _READOUTS)]
+            if len(self._networks) >= _KNOWN:
+                self._networks.clear()
+            self._networks[network] = known
+        return known
 
     def _hyper(self, genome: Genome) -> list[float]:
         values, numbers = dict(genome.hyper), list[float]()

@@ -74,21 +74,19 @@ class Optuna:
 class DeepHyper:
     """A search of DeepHyper through ``ask`` and ``tell``, one configuration at a time.
 
-    That is how its own manager calls it when single workers become free. ordinal: choices as ordered
-    integers in place of labels.
+    That is how its own manager calls it when single workers become free. Choices are labels; as
+    ordered integers they give CBO the same proposals. RegularizedEvolution repeats itself only under
+    the same PYTHONHASHSEED.
     """
 
-    def __init__(
-        self, problem: Problem, seed: int, *, search: str, ordinal: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, problem: Problem, seed: int, *, search: str, **options: Any) -> None:
         import deephyper.hpo
 
         self._choices: dict[str, dict[Any, Value]] = {}
         space = deephyper.hpo.HpProblem()
         for name, p in problem.parameters.items():
             if isinstance(p, Choice):
-                labels: list[Any] = list(range(len(p.values)))
-                labels = labels if ordinal else [str(label) for label in labels]
+                labels = [str(place) for place in range(len(p.values))]
                 self._choices[name] = dict(zip(labels, p.values, strict=True))
                 space.add_hyperparameter(labels, name)
             else:
@@ -138,7 +136,6 @@ ARMS: Mapping[str, Callable[[Problem, int], Optimiser]] = {
         DeepHyper, search="CBO", acq_optimizer_kwargs={"max_total_failures": -1}
     ),
     "DeepHyper CBO, UCB": partial(DeepHyper, **SAMPLING),
-    "DeepHyper CBO, UCB, ordinal": partial(DeepHyper, ordinal=True, **SAMPLING),
     "LEAP": partial(Leap, population=INITIAL),
     "LEAP, 32": partial(Leap, population=2 * INITIAL),
     "Propulate": partial(Propulate, population=2 * INITIAL),

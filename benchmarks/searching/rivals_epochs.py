@@ -104,11 +104,11 @@ class RayASHA:
 class OursWithRungs:
     """Evolution under `search.fidelity.Halving`: trials pause at rungs, and some go on."""
 
-    def __init__(self, problem: Problem, seed: int) -> None:
+    def __init__(self, problem: Problem, seed: int, *, rungs: tuple[int, ...]) -> None:
         space, self._config = plain(problem)
-        self._budgets = ladder(1, EPOCHS, REDUCTION)
+        self._budgets = rungs
         evolution = Evolution(space, EvolutionConfig(seed=seed))
-        self._halving = Halving(evolution, Rungs(self._budgets))
+        self._halving = Halving(evolution, Rungs(rungs, REDUCTION))
 
     def ask(self) -> Stage:
         stage = self._halving.ask()
@@ -188,7 +188,9 @@ EPOCH_ARMS: Mapping[str, Callable[[Problem, int], Trainer]] = {
     "Optuna TPE": partial(_full, ARMS["Optuna TPE"]),
     "DeepHyper CBO, UCB": partial(_full, ARMS["DeepHyper CBO, UCB"]),
     "ours": partial(_full, _ours),
-    "ours, rungs": OursWithRungs,
+    "ours, rungs": partial(OursWithRungs, rungs=ladder(1, EPOCHS, REDUCTION)),  # as ASHA's
+    "ours, rungs 6 18": partial(OursWithRungs, rungs=(6, 18, EPOCHS)),
+    "ours, rungs 13": partial(OursWithRungs, rungs=(13, EPOCHS)),
 }
 
 

@@ -123,4 +123,4 @@ def test_a_wrong_recipe_or_folder_is_one_clean_line(tmp_path):
     dmi("data", "build", recipe, "--out", tmp_path / "run", cwd=tmp_path)
     toy_recipe(recipe, train="epochs = 7")
     done = dmi("data", "build", recipe, "--out", tmp_path / "run", cwd=tmp_path, code=2)
-    clean(done, "holds another run", '"epochs": 6', '"epochs": 7')
+    clean(done, "holds another run", "train.epochs there is 6, here 7")
