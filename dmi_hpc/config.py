@@ -233,6 +233,11 @@ class SearchConfig(Config):
             raise ValueError(
                 f"least_epochs is {self.least_epochs}, expected fewer than epochs = {self.epochs}"
             )
+        if self.ranks > 1 and "latency_s" in self.limits:
+            raise ValueError(
+                f"ranks = {self.ranks} with limits.latency_s: ranks measure different times and would "
+                "not agree on a network; leave out one of the two"
+            )
         if self.ranks > 1 and (self.least_epochs is not None or self.inherit):
             raise ValueError(
                 f"ranks = {self.ranks} with least_epochs or inherit: trials of several ranks neither "

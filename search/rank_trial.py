@@ -4,41 +4,26 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dmi_hpc.config import Recipe, TrainConfig
 from dmi_hpc.errors import Interrupted, RankLost, TrialFailure
-from dmi_hpc.job import Epoch, Job
-from dmi_hpc.meters import Step
-from dmi_hpc.models.cost import require_fit
+from dmi_hpc.job import Job
 from dmi_hpc.train import fit
 from dmi_hpc.world import World
 from search.genome import Genome, decode
-from search.trial import Evaluator, trial_config, watchdog
+from search.trial import Deadline, Evaluator, trial_config, watchdog
 
 # of [train]: how the ranks share the work, which a trial on one device has no use for
 SHARING = ("engine", "zero_stage", "offload", "deepspeed")
 
 
-class SharedDeadline:
-    """Observer that asks all ranks to stop at the time limit: one that left alone would be missed."""
-
-    def __init__(self, limit_s: float | None) -> None:
-        self._limit_s, self._started = limit_s, time.monotonic()
-
-    def on_step(self, step: Step) -> None:
-        return None
-
-    def on_epoch(self, epoch: Epoch) -> None:
-        return None
-
-    def on_event(self, event: str, values: Mapping[str, Any]) -> None:
-        return None
+class SharedDeadline(Deadline):
+    """Asks all ranks to stop at the time limit: one that left alone would be missed."""
 
     def must_stop(self) -> str | None:
         if self._limit_s is not None and time.monotonic() - self._started > self._limit_s:
@@ -59,7 +44,7 @@ class RankEvaluator(Evaluator):
     def _train(self, genome: Genome) -> tuple[float, dict[str, float]]:
         network, config = decode(genome, self._space.network), rank_config(self._recipe, genome)
         rows = -(-config.batch_size // self._world.size)
-        cost = require_fit(network, rows, self._memory_bytes)
+        costs = self._costs(network, rows)  # the same on all ranks, but for the latency
         job = Job(
             self._problem, network, config, self._recipe.seed, self._world, device=self._device
         )
@@ -74,8 +59,7 @@ class RankEvaluator(Evaluator):
             raise
         best = result.history[result.best_epoch]
         return result.best_mae, {
-            "parameters": float(cost.parameters),
-            "flops": float(cost.flops),
+            **costs,
             "epochs": float(result.epochs),
             "ranks": float(self._world.size),
             "validation_rmse": best.validation_rmse,

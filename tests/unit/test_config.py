@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from dmi_hpc.cli.options import run_of
-from dmi_hpc.config import load_recipe
+from dmi_hpc.config import SearchConfig, load_recipe
 from dmi_hpc.errors import RecipeError
 from dmi_hpc.tasks import make_task
 
@@ -98,3 +98,18 @@ def test_fingerprint_follows_every_key(tmp_path):
     same = load_recipe(write(tmp_path, MINIMAL))
     other = load_recipe(write(tmp_path, MINIMAL + "[train]\nepochs = 3\n"))
     assert first.fingerprint() == same.fingerprint() != other.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"ranks": 2, "limits": {"latency_s": 1.0}}, "limits.latency_s"),
+        ({"ranks": 2, "inherit": True}, "ranks = 2 with least_epochs or inherit"),
+        ({"epochs": 8, "least_epochs": 8}, "fewer than epochs = 8"),
+        ({"least_epochs": 2, "objectives": ["error", "flops"]}, "several objectives"),
+        ({"objectives": ["flops"]}, "error first"),
+    ],
+)
+def test_searches_that_cannot_be_are_refused(keys, said):
+    with pytest.raises(ValueError, match=said):
+        SearchConfig.model_validate(keys)
