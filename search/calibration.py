@@ -20,15 +20,18 @@ def calibrated(error: Array, spread: Array) -> Calibration:
 
     spread: (n,) of the members. Made for rows that no network was trained on.
     """
-    size = _size(error)
+    size, width = _size(error), _size(spread)
 
     def cost(logs: Array) -> float:
         scale, floor = np.exp(logs)
-        return nll(error / size, np.hypot(scale * spread / size, floor))
+        return nll(error / size, np.hypot(scale * spread / width, floor))
 
-    found = minimize(cost, [0.0, log(0.5)], method="L-BFGS-B", bounds=[(-7, 7), (-7, 2)])
-    scale, floor = np.exp(found.x)
-    return Calibration(scale=float(scale), floor=float(floor * size))
+    # both matter; the spread says nothing; it says all: the likelihood may have a hill at each
+    starts = ((0.0, log(0.5)), (-7.0, 0.0), (0.0, -7.0))
+    bounds = [(-7, 7), (-7, 2)]
+    fits = [minimize(cost, start, method="L-BFGS-B", bounds=bounds) for start in starts]
+    scale, floor = np.exp(min(fits, key=lambda fit: float(fit.fun)).x)
+    return Calibration(scale=float(scale * size / width), floor=float(floor * size))
 
 
 def nll(error: Array, sigma: Array) -> float:
@@ -51,8 +54,9 @@ def judged(error: Array, spread: Array, calibration: Calibration) -> dict[str, A
     }
 
 
-def _size(error: Array) -> float:
-    return float(np.sqrt(np.mean(error**2))) or 1.0
+def _size(values: Array) -> float:
+    """Root mean square, in whose unit the likelihood is well scaled; 1 if all are zero."""
+    return float(np.sqrt(np.mean(values**2))) or 1.0
 
 
 def _uncertainty(error: Array, sigma: Array) -> dict[str, float | None]:
