@@ -33,11 +33,11 @@ from dmi_hpc.data.build import Alone
 from dmi_hpc.models.space import SearchSpace
 from dmi_hpc.tasks import make_task
 from dmi_hpc.tasks.base import BuildContext
-from search.evolve import Success
-from search.genome import Genome, to_json
-from search.kept import Kept
-from search.networks import Networks
-from search.trial import Assignment, Evaluator, Goal
+from search.evolution.evolve import Success
+from search.records.kept import Kept
+from search.spaces.genome import Genome, to_json
+from search.spaces.networks import Networks
+from search.trials.trial import Assignment, Evaluator, Goal
 
 RANDOM = 4
 TRIES = 40

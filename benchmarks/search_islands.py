@@ -18,10 +18,10 @@ import numpy as np
 from searching.ours import Arm, Ours
 from searching.tables import Problem, problems, race
 
-from search.evolve import Proposal
-from search.islands import island_seed
-from search.journal import adopt
-from search.parameters import Value
+from search.evolution.evolve import Proposal
+from search.records.islands import island_seed
+from search.records.journal import adopt
+from search.spaces.parameters import Value
 
 WORKERS = 16
 BUDGETS = (50, 100, 200)

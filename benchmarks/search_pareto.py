@@ -23,9 +23,9 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from search.evolve import Evolution, EvolutionConfig, Failure, Success
-from search.parameters import Choice, Parameters, Value
-from search.pareto import hypervolume
+from search.evolution.evolve import Evolution, EvolutionConfig, Failure, Success
+from search.evolution.pareto import hypervolume
+from search.spaces.parameters import Choice, Parameters, Value
 
 WORKERS = 16
 Values = npt.NDArray[np.float64]

@@ -9,8 +9,8 @@ any number of composition properties, FILE:FORMULA:VALUE each, columns of a CSV.
 A search is one process, one trial after the other, until its seconds of processor time are spent, those
 of the optimiser included; a trial that ends later does not count. So other programs on the machine
 hardly matter. --scale multiplies these budgets, which are for some 60 trials. All arms have the same
-space, the same evaluator (``search.trial.Evaluator``), and of one seed the same first random networks;
-none gets founders.
+space, the same evaluator (``search.trials.trial.Evaluator``), and of one seed the same first random
+networks; none gets founders.
 Optuna's space: a parameter for each depth, and those of a block only where it is there; ordered
 choices are integers; sampler ``TPESampler(multivariate=True, group=True)``. A network that it
 proposes again costs it nothing.
@@ -53,10 +53,18 @@ from dmi_hpc.tasks import make_task
 from dmi_hpc.tasks.base import BuildContext
 from dmi_hpc.train import fit
 from dmi_hpc.world import World
-from search.evolve import Evolution, EvolutionConfig, Failure, Success
-from search.genome import ConvGene, DenseGene, Genome, canonical, decode, structural_hash, to_json
-from search.networks import Networks
-from search.trial import Deadline, Evaluator, trial_config
+from search.evolution.evolve import Evolution, EvolutionConfig, Failure, Success
+from search.spaces.genome import (
+    ConvGene,
+    DenseGene,
+    Genome,
+    canonical,
+    decode,
+    structural_hash,
+    to_json,
+)
+from search.spaces.networks import Networks
+from search.trials.trial import Deadline, Evaluator, trial_config
 
 ARMS = ("ours", "random", "tpe")
 INITIAL = EvolutionConfig().initial

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from dmi_hpc.models.space import Choice, FloatRange, NetworkSpace, SearchSpace
-from search.evolve import Evolution, EvolutionConfig
-from search.journal import Journal, replay
-from search.lines import encode
-from search.networks import Networks
-from search.status import Observer
+from search.evolution.evolve import Evolution, EvolutionConfig
+from search.records.journal import Journal, replay
+from search.records.lines import encode
+from search.records.status import Observer
+from search.spaces.networks import Networks
 
 SPACE = SearchSpace(
     network=NetworkSpace(input_shape=(1, 15, 15, 15), conv_blocks=(1, 4)),

@@ -8,8 +8,8 @@
    journal lines on disk (--folder: where; try the file system of your machine), after histories of up to
    30,000 evaluations of the 3-D convolution space of recipes/homogenization_2000.toml. --cpu counts
    seconds of the processor instead: on a machine that is busy with other things, and without the disk.
-2. Utilisation: discrete-event simulation (``search.simulate``) of workers whose evaluations last
-   log-normal times. A driver is served by these measured costs, drawn at the history that it has
+2. Utilisation: discrete-event simulation (``search.evolution.simulate``) of workers whose evaluations
+   last log-normal times. A driver is served by these measured costs, drawn at the history that it has
    reached. All workers ask at once at the beginning; the share counts from then on, over 30 mean
    durations. Islands share the workers and take in two results of others for each of their own.
    --dispatch-ms adds what the runner of the trials costs the driver for each of them.
@@ -39,9 +39,9 @@ from loading.report import machine, markdown
 from dmi_hpc.config import load_recipe
 from dmi_hpc.tasks import make_task
 from search.driver import Driver
-from search.evolve import Evolution, EvolutionConfig, Failure, Outcome, Proposal, Success
-from search.simulate import Costs, Exchange, Trace, simulate_islands
-from search.trial import TrialOutcome
+from search.evolution.evolve import Evolution, EvolutionConfig, Failure, Outcome, Proposal, Success
+from search.evolution.simulate import Costs, Exchange, Trace, simulate_islands
+from search.trials.trial import TrialOutcome
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "homogenization_2000.toml"
 HISTORIES = (0, 100, 1000, 3000, 10_000, 30_000)
@@ -288,7 +288,7 @@ def regrets(
     """On one data set of LCBench, whose configurations are continuous and cannot be exhausted."""
     from searching.tables import read_lcbench
 
-    from search.parameters import Parameters
+    from search.spaces.parameters import Parameters
 
     (problem,) = read_lcbench(folder / "lcbench.onnx", (task,))
     space, rng = Parameters(problem.parameters), np.random.default_rng(seed)

@@ -20,9 +20,9 @@ import numpy as np
 
 from dmi_hpc.models.space import Choice, FloatRange, NetworkSpace, SearchSpace
 from search.base import Space
-from search.evolve import Evolution, EvolutionConfig, Proposal, Success
-from search.networks import Networks
-from search.parameters import Integer, Parameters, Real
+from search.evolution.evolve import Evolution, EvolutionConfig, Proposal, Success
+from search.spaces.networks import Networks
+from search.spaces.parameters import Integer, Parameters, Real
 
 NETWORKS = SearchSpace(
     network=NetworkSpace(input_shape=(1, 15, 15, 15), conv_blocks=(1, 6)),

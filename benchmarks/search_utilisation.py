@@ -112,8 +112,8 @@ def by_slots(sleeper: Sleeper, workers: int) -> None:
     sys.path.insert(0, str(TOY))
     from dmi_hpc.config import load_recipe
     from dmi_hpc.tasks import make_task
+    from search.cluster.environment import ray_environment, with_absolute_import_paths
     from search.driver import Driver
-    from search.environment import ray_environment, with_absolute_import_paths
 
     path = Path(sleeper.folder, "toy.toml")
     path.write_text(
@@ -123,9 +123,9 @@ def by_slots(sleeper: Sleeper, workers: int) -> None:
     recipe = load_recipe(path)
     with_absolute_import_paths()
     with ray_environment() as folder:
-        from search.evolve import Success
-        from search.trial import TrialOutcome
-        from search.tune import TrialContext, cluster, run_trials
+        from search.cluster.tune import TrialContext, cluster, run_trials
+        from search.evolution.evolve import Success
+        from search.trials.trial import TrialOutcome
 
         class Asleep:
             spent = False

@@ -25,12 +25,12 @@ from dmi_hpc.tasks import make_task
 from dmi_hpc.tasks.base import Task
 from dmi_hpc.watch import StopFlag, console, progress_bar, say, stop_on_signals
 from dmi_hpc.world import detect
+from search.cluster.environment import ray_environment, with_absolute_import_paths
 from search.commands import TOOLS, Group
 from search.driver import Driver, Start, founder_defaults
-from search.environment import ray_environment, with_absolute_import_paths
-from search.history import JOURNAL, MAIN, home
-from search.islands import require_name
-from search.warm import founders_from
+from search.records.history import JOURNAL, MAIN, home
+from search.records.islands import require_name
+from search.records.warm import founders_from
 
 app = typer.Typer(
     cls=Group,
@@ -166,8 +166,8 @@ def _run(run: Run, driver: Driver, unit: str, stop: StopFlag) -> None:
     with_absolute_import_paths()
     os.chdir(run.search)
     with ray_environment() as folder:
-        from search.capacity import Shape
-        from search.tune import TrialContext, cluster, run_trials
+        from search.cluster.capacity import Shape
+        from search.cluster.tune import TrialContext, cluster, run_trials
 
         search = run.recipe.search
         shape = Shape(search.trial_threads, search.ranks, search.gpu_share)

@@ -20,10 +20,10 @@ from dmi_hpc.errors import RunError, counted
 from dmi_hpc.files import write_text, writing
 from dmi_hpc.run import open_run
 from dmi_hpc.watch import say
-from search.control import raise_budget, read_control, request_stop
-from search.history import Evaluation, best_first, evaluations
-from search.refining import refine
-from search.status import Observer, page
+from search.records.control import raise_budget, read_control, request_stop
+from search.records.history import Evaluation, best_first, evaluations
+from search.records.status import Observer, page
+from search.results.refining import refine
 
 WIDTH = 160  # of a table in a pipe
 WATCH_S = 2.0
@@ -166,7 +166,7 @@ def merge(
 
     Every network is in it once. It can be continued, reported and exported like any other.
     """
-    from search.merge import merge as merged
+    from search.records.merge import merge as merged
 
     run, kept, duplicates = merged([path.resolve() for path in runs], out.resolve())
     say(
@@ -184,8 +184,8 @@ def export(
 ) -> None:
     """Write the recipe that trains the best network of RUN: what `dmi train` takes."""
     from dmi_hpc.tasks import make_task
-    from search.genome import decode, from_json
-    from search.recipes import to_toml, training_recipe
+    from search.results.recipes import to_toml, training_recipe
+    from search.spaces.genome import decode, from_json
 
     if out is not None and out.exists():
         raise RunError(f"{out}: exists already; remove it or choose another --out")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from search.base import Space
-from search.evolve import Evolution, EvolutionConfig, SpaceExhausted, Success
+from search.evolution.evolve import Evolution, EvolutionConfig, SpaceExhausted, Success
 
 GENOMES = 60
 

@@ -20,18 +20,18 @@ from dmi_hpc.data.manifest import require_identity
 from dmi_hpc.errors import RunError
 from dmi_hpc.files import write_json
 from dmi_hpc.models.space import HyperValue, SearchSpace
-from search.control import Control, read_control
-from search.evolve import Evolution, EvolutionConfig, Failure, Proposal, SpaceExhausted
-from search.fidelity import Halving, Rungs, Stage, ladder
-from search.genome import Genome, decode, to_json
-from search.history import JOURNAL, MAIN, home
-from search.islands import Islands, island_seed
-from search.journal import Journal, replay
-from search.kept import Kept
-from search.networks import Networks
+from search.evolution.evolve import Evolution, EvolutionConfig, Failure, Proposal, SpaceExhausted
+from search.evolution.fidelity import Halving, Rungs, Stage, ladder
 from search.progress import Progress
-from search.trial import Assignment, Goal, TrialOutcome
-from search.warm import Founder
+from search.records.control import Control, read_control
+from search.records.history import JOURNAL, MAIN, home
+from search.records.islands import Islands, island_seed
+from search.records.journal import Journal, replay
+from search.records.kept import Kept
+from search.records.warm import Founder
+from search.spaces.genome import Genome, decode, to_json
+from search.spaces.networks import Networks
+from search.trials.trial import Assignment, Goal, TrialOutcome
 
 LOSSES = 2  # of its worker, until a network counts as the cause
 LOOK_S = 1.0  # between looks at what the user wants

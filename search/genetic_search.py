@@ -29,7 +29,7 @@ from ray.tune.search import Searcher
 
 from dmi_hpc.errors import RecipeError, RunError
 from dmi_hpc.files import write_json
-from search.evolve import (
+from search.evolution.evolve import (
     Evolution,
     EvolutionConfig,
     Failure,
@@ -38,10 +38,10 @@ from search.evolve import (
     SpaceExhausted,
     Success,
 )
-from search.journal import Journal, outcome_of, replay
+from search.evolution.standing import Curve, Standing
 from search.param_space import ParamSpace, converted
-from search.parameters import Parameters, Point
-from search.standing import Curve, Standing
+from search.records.journal import Journal, outcome_of, replay
+from search.spaces.parameters import Parameters, Point
 
 VERSION = 1
 Mode = Literal["min", "max"]
@@ -68,8 +68,8 @@ class GeneticSearch(Searcher):  # type: ignore[misc]
     ) -> None:
         """metric, mode: may be left to the TuneConfig.
 
-        space: as of `search.parameters.Parameters`, which knows conditional parameters, instead of
-        domains in the param_space. points_to_evaluate: configurations to begin with, of the searched
+        space: as of `search.spaces.parameters.Parameters`, which knows conditional parameters, instead
+        of domains in the param_space. points_to_evaluate: configurations to begin with, of the searched
         parameters. journal: file that records everything at once; if it exists, its evaluations are
         taken over and not repeated. time_attr: what a scheduler counts. constants: of
         `EvolutionConfig` (seed, population, initial, surrogate ...).

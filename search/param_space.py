@@ -1,4 +1,4 @@
-"""Ray Tune's ``param_space`` as `search.parameters`: domains become parameters, the rest stays."""
+"""Ray Tune's ``param_space`` as `search.spaces.parameters`: domains and the rest."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ray.tune.search.sample import (
 )
 
 from dmi_hpc.errors import RecipeError
-from search.parameters import SEPARATOR, Choice, Parameter, Parameters, Point, Value
-from search.parameters import Integer as IntegerRange
-from search.parameters import Real as RealRange
+from search.spaces.parameters import SEPARATOR, Choice, Parameter, Parameters, Point, Value
+from search.spaces.parameters import Integer as IntegerRange
+from search.spaces.parameters import Real as RealRange
 
 ROUNDING = 1e-9  # of bounds in units of the quantum, as Ray forgives
 SIGMAS = 3

@@ -20,9 +20,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from search.evolve import Evolution, EvolutionConfig, Success
-from search.fidelity import Halving, Rungs, ladder
-from search.parameters import Parameters, Value
+from search.evolution.evolve import Evolution, EvolutionConfig, Success
+from search.evolution.fidelity import Halving, Rungs, ladder
+from search.spaces.parameters import Parameters, Value
 from searching.tables import EPOCHS, LCBENCH, LCBENCH_TASKS, LCBench, read_lcbench
 
 Values = npt.NDArray[np.float64]

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from search.evolve import Evolution, EvolutionConfig, Failure, SpaceExhausted, Success
-from search.parameters import Value
+from search.evolution.evolve import Evolution, EvolutionConfig, Failure, SpaceExhausted, Success
+from search.spaces.parameters import Value
 from searching.structure import plain, structured
 from searching.tables import Problem
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from search.parameters import Choice, Integer, Real, Value
+from search.spaces.parameters import Choice, Integer, Real, Value
 from searching.rivals_evolution import Leap, Propulate
 from searching.tables import Optimiser, Problem
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from search.evolve import Evolution, EvolutionConfig, Success
-from search.fidelity import REDUCTION, Halving, Rungs, ladder
-from search.parameters import Value
+from search.evolution.evolve import Evolution, EvolutionConfig, Success
+from search.evolution.fidelity import REDUCTION, Halving, Rungs, ladder
+from search.spaces.parameters import Value
 from searching.ours import Arm, Ours
 from searching.rivals import ARMS, Random
 from searching.structure import plain
@@ -102,7 +102,7 @@ class RayASHA:
 
 
 class OursWithRungs:
-    """Evolution under `search.fidelity.Halving`: trials pause at rungs, and some go on."""
+    """Evolution under `search.evolution.fidelity.Halving`: trials pause at rungs, and some go on."""
 
     def __init__(self, problem: Problem, seed: int, *, rungs: tuple[int, ...]) -> None:
         space, self._config = plain(problem)

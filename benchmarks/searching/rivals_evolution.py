@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from search.parameters import Choice, Integer, Parameter, Value
+from search.spaces.parameters import Choice, Integer, Parameter, Value
 from searching.tables import Problem
 
 

@@ -13,8 +13,8 @@ from itertools import permutations
 from typing import Any
 
 from search.base import Space
-from search.cells import Cell, Cells
-from search.parameters import Choice, Parameters, Value
+from search.spaces.cells import Cell, Cells
+from search.spaces.parameters import Choice, Parameters, Value
 from searching.tables import Problem
 
 LINKS = (

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from search.parameters import Choice, Integer, Parameter, Real, Value
+from search.spaces.parameters import Choice, Integer, Parameter, Real, Value
 
 Values = npt.NDArray[np.float64]
 EPOCHS = 52

@@ -15,8 +15,8 @@ from dmi_hpc.ensemble import load_ensemble
 from dmi_hpc.errors import Interrupted, RunError
 from dmi_hpc.problem import Problem
 from dmi_hpc.tasks import make_task
-from search.result import members_of, refine
-from search.training_process import trained
+from search.results.result import members_of, refine
+from search.results.training_process import trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # several processes in a row
 

@@ -41,15 +41,15 @@ from pathlib import Path
 
 from dmi_hpc.config import load_recipe
 from dmi_hpc.tasks import make_task
-from search.capacity import Shape
+from search.cluster.capacity import Shape
 from search.driver import Driver
-from search.environment import ray_environment, with_absolute_import_paths
+from search.cluster.environment import ray_environment, with_absolute_import_paths
 
 recipe, data, home = load_recipe(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
 driver = Driver(recipe, make_task(recipe.task).space(), home)
 with_absolute_import_paths()
 with ray_environment() as folder:
-    from search.tune import TrialContext, cluster, run_trials
+    from search.cluster.tune import TrialContext, cluster, run_trials
 
     with cluster(recipe.search, folder, Shape(ranks=2)) as found:
         assert found.workers == 2, found

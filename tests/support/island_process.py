@@ -12,11 +12,11 @@ from pathlib import Path
 from dmi_hpc.config import load_recipe
 from dmi_hpc.files import exclusive
 from dmi_hpc.tasks import make_task
-from search import islands
 from search.driver import Driver, Start
-from search.evolve import Success
-from search.history import home
-from search.trial import TrialOutcome
+from search.evolution.evolve import Success
+from search.records import islands
+from search.records.history import home
+from search.trials.trial import TrialOutcome
 
 NAP_S = 0.02
 

@@ -11,8 +11,8 @@ from dmi_hpc.config import load_recipe
 from dmi_hpc.files import append_json_line
 from dmi_hpc.run import Run, open_run
 from dmi_hpc.tasks import make_task
-from search.genome import to_json
-from search.networks import Networks
+from search.spaces.genome import to_json
+from search.spaces.networks import Networks
 
 FITNESS = (0.5, 0.3, 0.4, 0.2)
 

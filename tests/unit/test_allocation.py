@@ -4,7 +4,7 @@ import pytest
 
 from dmi_hpc.deadline import End
 from dmi_hpc.errors import LaunchError
-from search.allocation import Allocation
+from search.cluster.allocation import Allocation
 
 END = End(1000.0, "SLURM_JOB_END_TIME")
 

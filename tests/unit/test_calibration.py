@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dmi_hpc.ensemble import Calibration
-from search.calibration import calibrated, judged, nll
+from search.results.calibration import calibrated, judged, nll
 
 
 def drawn(scale, floor, rows=20_000, unit=1.0, seed=0):

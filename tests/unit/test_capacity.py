@@ -3,7 +3,7 @@
 import pytest
 
 from dmi_hpc.errors import LaunchError
-from search.capacity import Capacity, Shape, capacity
+from search.cluster.capacity import Capacity, Shape, capacity
 
 NODE = {"CPU": 16.0, "GPU": 4.0, "memory": 64e9}
 

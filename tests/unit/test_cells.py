@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmi_hpc.errors import RecipeError
-from search.cells import Cell, Cells, canonical
 from search.conformance import SpaceConformance
-from search.evolve import Evolution, EvolutionConfig, Success
+from search.evolution.evolve import Evolution, EvolutionConfig, Success
+from search.spaces.cells import Cell, Cells, canonical
 
 OPERATIONS = ("gat", "gcn", "gin", "skip")
 

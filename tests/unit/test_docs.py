@@ -39,10 +39,10 @@ from dmi_hpc.report import write_report
 from dmi_hpc.run import open_run
 from dmi_hpc.tasks import TASKS, make_task
 from search.driver import founder_defaults
-from search.evolve import Evolution, EvolutionConfig, Success
-from search.genome import to_json
-from search.networks import Networks
-from search.trial import Evaluator
+from search.evolution.evolve import Evolution, EvolutionConfig, Success
+from search.spaces.genome import to_json
+from search.spaces.networks import Networks
+from search.trials.trial import Evaluator
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

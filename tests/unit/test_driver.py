@@ -15,12 +15,12 @@ from dmi_hpc.errors import DataError, Interrupted, LaunchError, RunError
 from dmi_hpc.files import exclusive, read_json_lines
 from dmi_hpc.run import open_run
 from dmi_hpc.tasks import make_task
-from search.capacity import Capacity, capacity, local_workers
 from search.cli import search
+from search.cluster.capacity import Capacity, capacity, local_workers
+from search.cluster.tune import cluster, judge_loss, own_errors
 from search.driver import Driver, founder_defaults
-from search.evolve import Failure, Success
-from search.trial import TrialOutcome
-from search.tune import cluster, judge_loss, own_errors
+from search.evolution.evolve import Failure, Success
+from search.trials.trial import TrialOutcome
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from runner import toy_data, toy_recipe
 from dmi_hpc.config import load_recipe
 from dmi_hpc.tasks import make_task
 from search.driver import Driver
-from search.evolve import Success
-from search.fidelity import Halving
-from search.genome import to_json
-from search.kept import Kept
-from search.trial import Evaluator
+from search.evolution.evolve import Success
+from search.evolution.fidelity import Halving
+from search.records.kept import Kept
+from search.spaces.genome import to_json
+from search.trials.trial import Evaluator
 
 SEARCH = "evaluations = 12\ninitial = 4\nleast_epochs = 1\nreduction = 2\ninherit = true"
 

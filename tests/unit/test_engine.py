@@ -14,8 +14,8 @@ from dmi_hpc.engine.optimizers import make_optimizer, parameter_groups
 from dmi_hpc.engine.stages import bytes_of_rank
 from dmi_hpc.errors import CheckpointError, LaunchError, RecipeError
 from dmi_hpc.world import World
-from search.genome import Genome
-from search.trial import trial_config
+from search.spaces.genome import Genome
+from search.trials.trial import trial_config
 
 MB = 1_000_000
 

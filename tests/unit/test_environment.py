@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from search.environment import PREFIX, ray_environment
+from search.cluster.environment import PREFIX, ray_environment
 
 
 @pytest.fixture

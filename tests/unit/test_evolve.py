@@ -11,7 +11,7 @@ from dmi_hpc.errors import NetworkError, RunError
 from dmi_hpc.models.cost import cost
 from dmi_hpc.models.space import Choice, FloatRange, Founder, NetworkSpace, SearchSpace
 from dmi_hpc.models.spec import Activation, Conv, NetworkSpec, Pool, Readout, shapes
-from search.evolve import (
+from search.evolution.evolve import (
     Evolution,
     EvolutionConfig,
     Failure,
@@ -19,10 +19,10 @@ from search.evolve import (
     SpaceExhausted,
     Success,
 )
-from search.genome import decode, structural_hash
-from search.networks import Networks
-from search.parameters import Parameters, Real
-from search.simulate import simulate
+from search.evolution.simulate import simulate
+from search.spaces.genome import decode, structural_hash
+from search.spaces.networks import Networks
+from search.spaces.parameters import Parameters, Real
 
 VOXELS = 21
 HYPER = {

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from search.evolve import Evolution, EvolutionConfig, Failure, Success
-from search.fidelity import Halving, Rungs, ladder
-from search.parameters import Parameters, Real
+from search.evolution.evolve import Evolution, EvolutionConfig, Failure, Success
+from search.evolution.fidelity import Halving, Rungs, ladder
+from search.spaces.parameters import Parameters, Real
 
 SPACE = Parameters({"x": Real(low=-1.0, high=1.0), "y": Real(low=-1.0, high=1.0)})
 

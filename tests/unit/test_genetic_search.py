@@ -11,7 +11,7 @@ from ray import tune
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from dmi_hpc.errors import RecipeError, RunError
-from search.evolve import Failure, Success
+from search.evolution.evolve import Failure, Success
 from search.genetic_search import GeneticSearch
 
 SPACE = {
@@ -234,7 +234,7 @@ def test_a_small_space_ends():
 
 
 def test_a_space_of_our_own_and_no_second_one():
-    from search.parameters import Choice, Real
+    from search.spaces.parameters import Choice, Real
 
     space = {
         "optimizer": Choice(values=("adam", "sgd")),

@@ -23,8 +23,8 @@ from dmi_hpc.models.spec import (
     Readout,
     shapes,
 )
-from search.features import Features
-from search.genome import (
+from search.spaces.features import Features
+from search.spaces.genome import (
     ConvGene,
     DenseGene,
     Genome,
@@ -36,7 +36,7 @@ from search.genome import (
     structural_hash,
     to_json,
 )
-from search.space import random_genome, require_consistent
+from search.spaces.space import random_genome, require_consistent
 
 HYPER = {
     "batch_size": Choice(values=(8, 16, 32), ordered=True),

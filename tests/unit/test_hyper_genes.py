@@ -17,10 +17,10 @@ from dmi_hpc.models.space import (
     SearchSpace,
 )
 from dmi_hpc.models.spec import Dense, NetworkSpec
-from search.features import Features
-from search.genome import Genome, canonical, founder_genome
-from search.networks import Networks
-from search.operators import crossover, parametric, step
+from search.spaces.features import Features
+from search.spaces.genome import Genome, canonical, founder_genome
+from search.spaces.networks import Networks
+from search.spaces.operators import crossover, parametric, step
 
 NETWORK = NetworkSpace(input_shape=(4,), dense_blocks=(0, 1))
 STEPWISE = {"schedule": ("step", "plateau")}

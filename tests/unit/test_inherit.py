@@ -17,10 +17,10 @@ from dmi_hpc.models.spec import (
     Readout,
     Residual,
 )
-from search.genome import decode
-from search.inherit import inherited
-from search.operators import crossover, mutate
-from search.space import random_genome
+from search.spaces.genome import decode
+from search.spaces.operators import crossover, mutate
+from search.spaces.space import random_genome
+from search.trials.inherit import inherited
 
 MAP = (2, 6, 6)
 

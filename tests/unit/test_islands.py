@@ -14,14 +14,14 @@ from dmi_hpc.config import load_recipe
 from dmi_hpc.errors import RunError
 from dmi_hpc.models.space import Choice, NetworkSpace, SearchSpace
 from dmi_hpc.tasks import make_task
-from search import islands
-from search.control import request_stop
 from search.driver import Driver, Start
-from search.evolve import Failure, Success
-from search.history import Reader, journals
-from search.islands import island_seed, require_name
-from search.lines import decode, encode
-from search.trial import TrialOutcome
+from search.evolution.evolve import Failure, Success
+from search.records import islands
+from search.records.control import request_stop
+from search.records.history import Reader, journals
+from search.records.islands import island_seed, require_name
+from search.records.lines import decode, encode
+from search.trials.trial import TrialOutcome
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,11 @@ import pytest
 
 from dmi_hpc.errors import FormatVersionError, RunError
 from dmi_hpc.models.space import Choice, FloatRange, NetworkSpace, SearchSpace
-from search.evolve import Evolution, EvolutionConfig, Failure, Proposal, Success
-from search.genome import to_json
-from search.journal import Journal, adopt, header, outcome_of, replay
-from search.lines import decode, encode
-from search.networks import Networks
+from search.evolution.evolve import Evolution, EvolutionConfig, Failure, Proposal, Success
+from search.records.journal import Journal, adopt, header, outcome_of, replay
+from search.records.lines import decode, encode
+from search.spaces.genome import to_json
+from search.spaces.networks import Networks
 
 SPACE = SearchSpace(
     network=NetworkSpace(input_shape=(1, 15, 15, 15), conv_blocks=(1, 4)),

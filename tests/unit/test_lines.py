@@ -6,7 +6,7 @@ import os
 import pytest
 
 from dmi_hpc.errors import RunError
-from search.lines import Appender, Tail, decode, encode, read_lines
+from search.records.lines import Appender, Tail, decode, encode, read_lines
 
 RECORDS = [{"event": "ask", "id": n, "text": 'a "sum":"x" å'} for n in range(4)]
 

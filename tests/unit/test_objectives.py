@@ -7,7 +7,7 @@ from dmi_hpc.models.build import build
 from dmi_hpc.models.cost import cost
 from dmi_hpc.models.objectives import broken, known_costs, others
 from dmi_hpc.models.spec import Activation, Dense, NetworkSpec, Norm
-from search.objectives import latency_s, measured
+from search.trials.objectives import latency_s, measured
 
 
 def network(units):

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from dmi_hpc.models.space import Choice, FloatRange, NetworkSpace, SearchSpace
 from dmi_hpc.models.spec import shapes
-from search.genome import ConvGene, DenseGene, Genome, canonical, decode
-from search.operators import change_readout, crossover, mutate, parametric, step, structural
-from search.population import Population
-from search.space import random_genome, repair
+from search.evolution.population import Population
+from search.spaces.genome import ConvGene, DenseGene, Genome, canonical, decode
+from search.spaces.operators import change_readout, crossover, mutate, parametric, step, structural
+from search.spaces.space import random_genome, repair
 
 HYPER = {
     "batch_size": Choice(values=(8, 16, 32), ordered=True),

@@ -7,7 +7,7 @@ from ray.tune.search.sample import Categorical
 
 from dmi_hpc.errors import RecipeError
 from search.param_space import converted
-from search.parameters import Choice, Integer, Parameters, Real
+from search.spaces.parameters import Choice, Integer, Parameters, Real
 
 
 def values_of(domain, count=300):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from dmi_hpc.errors import RecipeError
 from search.conformance import SpaceConformance
-from search.evolve import Evolution, EvolutionConfig, Success
-from search.parameters import Choice, Integer, Parameters, Real
+from search.evolution.evolve import Evolution, EvolutionConfig, Success
+from search.spaces.parameters import Choice, Integer, Parameters, Real
 
 SPEC = {
     "optimizer": {

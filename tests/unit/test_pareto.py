@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from search.pareto import crowding, front, hypervolume, nondominated_ranks, order
+from search.evolution.pareto import crowding, front, hypervolume, nondominated_ranks, order
 
 
 def dominates(a, b):

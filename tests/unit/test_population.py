@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from search.population import Population
+from search.evolution.population import Population
 
 
 def test_the_worst_makes_room_and_equals_stay_by_age():

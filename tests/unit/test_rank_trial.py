@@ -7,9 +7,9 @@ import pytest
 from torch._C._distributed_c10d import TCPStore
 
 from dmi_hpc.world import World
-from search.capacity import Shape
-from search.devices import bundles, worlds
-from search.rank_trial import SharedDeadline, reserved_address
+from search.cluster.capacity import Shape
+from search.cluster.devices import bundles, worlds
+from search.trials.rank_trial import SharedDeadline, reserved_address
 
 PROCESSES, ROUNDS = 24, 3
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dmi_hpc.config import Recipe, load_recipe
 from dmi_hpc.errors import RecipeError
 from dmi_hpc.models.spec import Activation, Conv, Dense, NetworkSpec, Norm, Parallel, Residual
-from search.recipes import to_toml, training_recipe
+from search.results.recipes import to_toml, training_recipe
 
 SEARCHED = Recipe.model_validate(
     {

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from search.regression import Regression
+from search.evolution.regression import Regression
 
 
 def data(n, d, seed=0, noise=0.05):

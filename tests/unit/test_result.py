@@ -6,9 +6,9 @@ from runner import toy_data
 from search_runs import searched_run
 
 from dmi_hpc.errors import RunError
-from search.evolve import Success
-from search.history import Evaluation
-from search.result import Predictions, front_of, members_of, selected
+from search.evolution.evolve import Success
+from search.records.history import Evaluation
+from search.results.result import Predictions, front_of, members_of, selected
 
 
 @pytest.fixture

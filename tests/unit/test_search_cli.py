@@ -11,16 +11,17 @@ from dmi_hpc.errors import DataError, DMIError, RecipeError, RunError
 from dmi_hpc.models.spec import NetworkSpec
 from dmi_hpc.run import network_to_train, open_run
 from dmi_hpc.tasks import make_task
-from search import cli, driver, status
+from search import cli, driver
 from search.commands import brief
-from search.control import raise_budget, read_control, request_stop
 from search.driver import Driver, Start, founder_defaults
-from search.evolve import Failure, Success
-from search.history import evaluations
-from search.journal import Journal, replay
-from search.lines import encode
-from search.trial import TrialOutcome
-from search.warm import founders_from
+from search.evolution.evolve import Failure, Success
+from search.records import status
+from search.records.control import raise_budget, read_control, request_stop
+from search.records.history import evaluations
+from search.records.journal import Journal, replay
+from search.records.lines import encode
+from search.records.warm import founders_from
+from search.trials.trial import TrialOutcome
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from dmi_hpc.models.space import Choice, FloatRange, NetworkSpace, SearchSpace
-from search.evolve import Evolution, EvolutionConfig, Failure, Success
-from search.networks import Networks
-from search.simulate import Costs, Exchange, simulate, simulate_islands
+from search.evolution.evolve import Evolution, EvolutionConfig, Failure, Success
+from search.evolution.simulate import Costs, Exchange, simulate, simulate_islands
+from search.spaces.networks import Networks
 
 NETWORK = NetworkSpace(input_shape=(4,), dense_blocks=(0, 2))
 SPACE = SearchSpace(network=NETWORK, hyper={"rate": FloatRange(low=0.0, high=1.0)})

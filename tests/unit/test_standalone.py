@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from runner import environment
 
-from search.environment import ray_environment
+from search.cluster.environment import ray_environment
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 LIMIT_S = 120

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from search.standing import Curve, Standing
+from search.evolution.standing import Curve, Standing
 
 
 def curve(*scores, ended=False, every=1):

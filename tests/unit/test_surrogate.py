@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from search.parameters import Choice, Parameters, Real
-from search.surrogate import MOST_FITTED, Surrogate
+from search.evolution.surrogate import MOST_FITTED, Surrogate
+from search.spaces.parameters import Choice, Parameters, Real
 
 SPACE = Parameters(
     {

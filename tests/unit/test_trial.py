@@ -11,10 +11,10 @@ from runner import toy_data, toy_recipe
 from dmi_hpc.config import load_recipe
 from dmi_hpc.tasks import make_task
 from search.driver import founder_defaults
-from search.evolve import Failure, Success
-from search.genome import DenseGene, founder_genome, to_json
-from search.kept import Kept, Origin
-from search.trial import Assignment, Evaluator, Goal
+from search.evolution.evolve import Failure, Success
+from search.records.kept import Kept, Origin
+from search.spaces.genome import DenseGene, founder_genome, to_json
+from search.trials.trial import Assignment, Evaluator, Goal
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_device_that_no_longer_answers_spends_its_worker(
     def broken(*arguments, **options):
         raise RuntimeError(said)
 
-    monkeypatch.setattr("search.trial.fit", broken)
+    monkeypatch.setattr("search.trials.trial.fit", broken)
     monkeypatch.setattr("torch.cuda.synchronize", (lambda device: None) if answers else broken)
     recipe = load_recipe(toy_recipe(tmp_path / "toy.toml", data))
     space = make_task(recipe.task).space()
@@ -208,7 +208,7 @@ def test_an_origin_is_read_as_it_was_saved(tmp_path):
 
 HANGS = """
 import time
-from search import trial
+from search.trials import trial
 trial.GRACE_S = 0.1
 with trial.watchdog(0.05):
     pass

@@ -12,11 +12,11 @@ from dmi_hpc.deadline import End
 from dmi_hpc.errors import LaunchError
 from dmi_hpc.files import read_json_lines
 from dmi_hpc.tasks import make_task
-from search.allocation import Allocation
+from search.cluster.allocation import Allocation
+from search.cluster.tune import _Adapter, _Desk, _Relay
 from search.driver import Driver
-from search.evolve import Success
-from search.trial import TrialOutcome
-from search.tune import _Adapter, _Desk, _Relay
+from search.evolution.evolve import Success
+from search.trials.trial import TrialOutcome
 
 
 @pytest.fixture

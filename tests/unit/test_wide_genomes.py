@@ -25,9 +25,9 @@ from dmi_hpc.models.spec import (
     Residual,
     Upsample,
 )
-from search.evolve import Evolution, EvolutionConfig, Success
-from search.features import Features
-from search.genome import (
+from search.evolution.evolve import Evolution, EvolutionConfig, Success
+from search.spaces.features import Features
+from search.spaces.genome import (
     ConvGene,
     DenseGene,
     Genome,
@@ -39,8 +39,8 @@ from search.genome import (
     structural_hash,
     to_json,
 )
-from search.networks import Networks
-from search.space import require_consistent
+from search.spaces.networks import Networks
+from search.spaces.space import require_consistent
 
 HYPER = {
     "batch_size": Choice(values=(8, 16, 32), ordered=True),

@@ -29,8 +29,8 @@ def refine(
     It predicts with an uncertainty, checked on the test split. Called again it continues. The
     trainings may run elsewhere, several at once: --recipes prints their commands.
     """
-    from search.result import members_of, prepare
-    from search.result import refine as refined
+    from search.results.result import members_of, prepare
+    from search.results.result import refine as refined
 
     require_one_process("search refine")
     opened = open_run(run.resolve())

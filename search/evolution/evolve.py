@@ -36,9 +36,9 @@ from pydantic import Field
 from dmi_hpc.config import Config
 from dmi_hpc.errors import FailureKind
 from search.base import G, Space, Vector
-from search.population import Population
-from search.space import pick
-from search.surrogate import Judgement, Surrogate, Values
+from search.evolution.population import Population
+from search.evolution.surrogate import Judgement, Surrogate, Values
+from search.spaces.space import pick
 
 INCUMBENTS = 3  # best members whose mutations are candidates
 INCUMBENT_SHARE = 0.4

@@ -19,8 +19,8 @@ from scipy.stats import rankdata
 from sklearn.svm import SVC
 
 from search.base import G, Space, Vector
-from search.pareto import order
-from search.regression import Regression, Running
+from search.evolution.pareto import order
+from search.evolution.regression import Regression, Running
 
 Values = tuple[float, ...]  # fitness and further objectives, lower is better
 

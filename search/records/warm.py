@@ -10,9 +10,9 @@ from typing import Any
 from dmi_hpc.errors import DMIError, RunError
 from dmi_hpc.models.cost import cost
 from dmi_hpc.models.space import Choice, HyperValue, SearchSpace
-from search.genome import Genome, decode, from_json, structural_hash
-from search.history import Evaluation, best_first, evaluations
-from search.space import repair
+from search.records.history import Evaluation, best_first, evaluations
+from search.spaces.genome import Genome, decode, from_json, structural_hash
+from search.spaces.space import repair
 
 FOUNDERS = 8  # taken over in all: the rest of the initial networks stays random
 

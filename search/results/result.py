@@ -27,12 +27,12 @@ from dmi_hpc.run import Run, open_run
 from dmi_hpc.tasks import make_task
 from dmi_hpc.tasks.base import Array
 from dmi_hpc.world import World
-from search.calibration import calibrated, judged, nll
-from search.genome import decode, from_json
-from search.history import Evaluation, best_first, evaluations
-from search.pareto import front
-from search.recipes import to_toml, training_recipe
-from search.training_process import trained
+from search.evolution.pareto import front
+from search.records.history import Evaluation, best_first, evaluations
+from search.results.calibration import calibrated, judged, nll
+from search.results.recipes import to_toml, training_recipe
+from search.results.training_process import trained
+from search.spaces.genome import decode, from_json
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ def prepare(run: Run, members: Sequence[Member]) -> Path:
 def refine(run: Run, members: Sequence[Member], say: Callable[[str], None]) -> dict[str, Any]:
     """Train all members, those that have finished excepted, and write the ensemble.
 
-    Returns its scores (see ``search.calibration.judged``). A member whose training fails is left out,
-    and said. Raises RunError if fewer than two are left, Interrupted at a stop signal: called again
-    it continues.
+    Returns its scores (see ``search.results.calibration.judged``). A member whose training fails is
+    left out, and said. Raises RunError if fewer than two are left, Interrupted at a stop signal:
+    called again it continues.
     """
     with exclusive(run.search / "refined", "refinement"):
         folder = prepare(run, members)

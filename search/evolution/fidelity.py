@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Generic
 
 from search.base import G
-from search.evolve import Evolution, Failure, Outcome, Proposal, checked
+from search.evolution.evolve import Evolution, Failure, Outcome, Proposal, checked
 
 REDUCTION = 4  # of the trials of a rung, one goes on
 

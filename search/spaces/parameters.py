@@ -30,7 +30,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dmi_hpc.errors import RecipeError
 from search.base import Vector
-from search.kinds import Choice, Integer, Parameter, Real, Value
+from search.spaces.kinds import Choice, Integer, Parameter, Real, Value
 
 __all__ = ["Choice", "Integer", "Parameter", "Parameters", "Point", "Real", "Spec", "Value"]
 

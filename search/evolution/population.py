@@ -8,7 +8,7 @@ from heapq import nsmallest
 
 import numpy as np
 
-from search.pareto import order
+from search.evolution.pareto import order
 
 Member = tuple[float, int]  # (fitness or place, id); lower is better, then the older
 
@@ -17,7 +17,7 @@ class Population:
     """At most `size` members, best first. Failed networks never enter: they have no fitness.
 
     With several objectives a member's place is that of NSGA-II's order: by front, then the lonelier
-    first (``search.pareto``).
+    first (``search.evolution.pareto``).
     """
 
     def __init__(self, size: int) -> None:

@@ -16,9 +16,9 @@ from rich.text import Text
 
 from dmi_hpc.errors import counted
 from dmi_hpc.run import open_run
-from search.control import read_control
-from search.history import Evaluation, Reader, best_first, readers, reading
-from search.lines import PATIENCE_S
+from search.records.control import read_control
+from search.records.history import Evaluation, Reader, best_first, readers, reading
+from search.records.lines import PATIENCE_S
 
 SILENT_S = 120.0  # a search without an event for so long, and for
 SILENT_EVALUATIONS = 3.0  # times its slowest evaluation, was perhaps killed

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from search.base import G
-from search.evolve import Failure, Outcome, Proposal, SpaceExhausted, Success
+from search.evolution.evolve import Failure, Outcome, Proposal, SpaceExhausted, Success
 
 
 class AskTell(Protocol[G]):
-    """What is simulated: ``search.evolve.Evolution``, or whatever asks and tells as it does."""
+    """What is simulated: ``search.evolution.evolve.Evolution``, or what asks and tells as it does."""
 
     def ask(self) -> Proposal[G]:
         """The next genome. Raises SpaceExhausted."""

@@ -20,10 +20,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from dmi_hpc import collectives, knobs
 from dmi_hpc.config import Recipe
 from dmi_hpc.world import World
-from search.capacity import Shape
-from search.evolve import Failure, Success
-from search.rank_trial import RankEvaluator, reserved_address
-from search.trial import TrialOutcome
+from search.cluster.capacity import Shape
+from search.evolution.evolve import Failure, Success
+from search.trials.rank_trial import RankEvaluator, reserved_address
+from search.trials.trial import TrialOutcome
 
 GRACE_S = 15.0  # for the other ranks, once one has failed
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dmi_hpc.errors import RunError
-from search.evolve import Failure, Outcome, Success
-from search.journal import UNSIGNED, header_of, outcome_of
-from search.lines import PATIENCE_S, Tail
+from search.evolution.evolve import Failure, Outcome, Success
+from search.records.journal import UNSIGNED, header_of, outcome_of
+from search.records.lines import PATIENCE_S, Tail
 
 MAIN = "main"
 JOURNAL = "journal.jsonl"

@@ -17,7 +17,7 @@ import torch
 
 from dmi_hpc.config import SearchConfig
 from dmi_hpc.errors import LaunchError
-from search.capacity import MEMORY_SHARE, Shape, capacity, local_workers
+from search.cluster.capacity import MEMORY_SHARE, Shape, capacity, local_workers
 
 # Enough for Ray's few small objects; networks and data never pass through it.
 OBJECT_STORE_BYTES = 100_000_000

@@ -15,8 +15,8 @@ from dmi_hpc.errors import Interrupted, RankLost, TrialFailure
 from dmi_hpc.job import Job
 from dmi_hpc.train import fit
 from dmi_hpc.world import World
-from search.genome import Genome, decode
-from search.trial import Deadline, Evaluator, trial_config, watchdog
+from search.spaces.genome import Genome, decode
+from search.trials.trial import Deadline, Evaluator, trial_config, watchdog
 
 # of [train]: how the ranks share the work, which a trial on one device has no use for
 SHARING = ("engine", "zero_stage", "offload", "deepspeed")

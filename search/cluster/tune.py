@@ -27,15 +27,15 @@ from ray.tune.search import Searcher
 
 from dmi_hpc.config import Recipe
 from dmi_hpc.errors import DMIError, Interrupted, LaunchError
-from search.allocation import Allocation
-from search.capacity import Shape
-from search.devices import Ranks, bundles
+from search.cluster.allocation import Allocation
+from search.cluster.capacity import Shape
+from search.cluster.devices import Ranks, bundles
+from search.cluster.ray_cluster import Cluster, cluster
 from search.driver import Driver
-from search.evolve import Failure
-from search.genome import to_json
-from search.kept import Kept
-from search.ray_cluster import Cluster, cluster
-from search.trial import TRACEBACK_CHARACTERS, Evaluator, TrialOutcome
+from search.evolution.evolve import Failure
+from search.records.kept import Kept
+from search.spaces.genome import to_json
+from search.trials.trial import TRACEBACK_CHARACTERS, Evaluator, TrialOutcome
 
 DEATHS = 3  # of workers in a row, times their number, before the machine counts as the cause
 

@@ -17,7 +17,7 @@ from dmi_hpc.models.space import (
     Parameter,
     SearchSpace,
 )
-from search.genome import ConvGene, DenseGene, Genome, RecurrentGene, as_number, canonical
+from search.spaces.genome import ConvGene, DenseGene, Genome, RecurrentGene, as_number, canonical
 
 T = TypeVar("T")
 

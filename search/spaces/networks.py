@@ -12,10 +12,10 @@ import xxhash
 from dmi_hpc.models.objectives import CostName, broken, known_costs
 from dmi_hpc.models.space import HyperValue, SearchSpace
 from search.base import Vector
-from search.features import Features
-from search.genome import Genome, decode, founder_genome, from_json, structural_hash, to_json
-from search.operators import crossover, mutate, parametric
-from search.space import random_genome, require_consistent
+from search.spaces.features import Features
+from search.spaces.genome import Genome, decode, founder_genome, from_json, structural_hash, to_json
+from search.spaces.operators import crossover, mutate, parametric
+from search.spaces.space import random_genome, require_consistent
 
 
 class Networks:

@@ -13,9 +13,9 @@ from dmi_hpc.models.cost import cost
 from dmi_hpc.models.space import Choice, HyperValue, Parameter, SearchSpace, SkipName
 from dmi_hpc.models.spec import ActivationName, CellName, NormName, PoolName, ReadoutName
 from search.base import G, Vector
-from search.genes import KERNELS
-from search.genome import ConvGene, DenseGene, Genome, RecurrentGene, as_number, decode
-from search.space import position_of
+from search.spaces.genes import KERNELS
+from search.spaces.genome import ConvGene, DenseGene, Genome, RecurrentGene, as_number, decode
+from search.spaces.space import position_of
 
 # relative scales of the surrogate's features, about [0, 1] else (benchmarks/search_tables.py and the
 # objective of tests/unit/test_evolve.py)

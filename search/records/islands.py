@@ -20,9 +20,9 @@ from typing import Any
 import xxhash
 
 from dmi_hpc.errors import DMIError, RunError
-from search.evolve import Evolution, Proposal
-from search.history import MAIN, Evaluation, Reader, journals
-from search.journal import Journal, adopt, outcome_fields
+from search.evolution.evolve import Evolution, Proposal
+from search.records.history import MAIN, Evaluation, Reader, journals
+from search.records.journal import Journal, adopt, outcome_fields
 
 POLL_S = 1.0
 POLL_SHARE = 0.01  # of an island's time, at most, for a look at the others

@@ -28,7 +28,7 @@ from dmi_hpc.models.spec import (
     Upsample,
     shapes,
 )
-from search.genes import ConvGene, DenseGene, Genome, RecurrentGene
+from search.spaces.genes import ConvGene, DenseGene, Genome, RecurrentGene
 
 POOL_SIZE = 2
 GENES_KEPT = 4096  # whose layers are not made again: children share most genes with their parents

@@ -1,6 +1,6 @@
 """The append-only record of a search; reading it again is how a search resumes.
 
-One checksummed JSON object per line (see ``search.lines``): a header, then every ask before its
+One checksummed JSON object per line (see ``search.records.lines``): a header, then every ask before its
 evaluation starts, every tell after it ended, migrants from other islands, and the sessions. Lines are
 on disk before the search goes on, so that no finished evaluation is ever repeated. A damaged line
 costs itself alone. Journals of version 1 have no checksums, and are read and continued all the same.
@@ -20,10 +20,10 @@ import numpy as np
 from dmi_hpc.errors import FormatVersionError, RunError
 from dmi_hpc.files import atomic_file, writing
 from search.base import Space
-from search.evolve import Evolution, Failure, Outcome, Proposal, Success, checked
-from search.fidelity import Halving, Rungs
-from search.lines import Appender, decode, encode, read_lines
-from search.provenance import code_version, process
+from search.evolution.evolve import Evolution, Failure, Outcome, Proposal, Success, checked
+from search.evolution.fidelity import Halving, Rungs
+from search.records.lines import Appender, decode, encode, read_lines
+from search.records.provenance import code_version, process
 
 VERSION = 2
 UNSIGNED = 1  # the last version whose lines have no checksum

@@ -18,7 +18,7 @@ import xxhash
 
 from dmi_hpc.errors import RecipeError
 from search.base import Vector
-from search.space import pick
+from search.spaces.space import pick
 
 Links = tuple[tuple[int, ...], ...]  # of node i (from 1): what it reads, ascending; 0 is the input
 

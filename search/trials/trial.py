@@ -32,11 +32,11 @@ from dmi_hpc.models.spec import NetworkSpec
 from dmi_hpc.problem import Problem
 from dmi_hpc.tasks import make_task
 from dmi_hpc.train import fit
-from search.evolve import Failure, Outcome, Success
-from search.genome import Genome, decode, from_json
-from search.inherit import inherited
-from search.kept import Kept, Origin, Trained
-from search.objectives import measured
+from search.evolution.evolve import Failure, Outcome, Success
+from search.records.kept import Kept, Origin, Trained
+from search.spaces.genome import Genome, decode, from_json
+from search.trials.inherit import inherited
+from search.trials.objectives import measured
 
 TRACEBACK_CHARACTERS = 4000  # the end of it, kept in the journal
 # of a worker that hangs, after the time limit of its trial

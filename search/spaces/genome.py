@@ -28,7 +28,7 @@ from dmi_hpc.models.space import (
     is_active,
 )
 from dmi_hpc.models.spec import PaddingName, Shape
-from search.genes import (
+from search.spaces.genes import (
     KERNELS,
     ConvGene,
     DenseGene,
@@ -38,7 +38,7 @@ from search.genes import (
     parallel_kernels,
     to_json,
 )
-from search.grammar import POOL_SIZE, decode, encode
+from search.spaces.grammar import POOL_SIZE, decode, encode
 
 __all__ = [
     "POOL_SIZE",

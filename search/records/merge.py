@@ -11,10 +11,10 @@ from dmi_hpc.data.manifest import read_manifest, require_identity
 from dmi_hpc.errors import RunError
 from dmi_hpc.files import atomic_file, writing
 from dmi_hpc.run import Run, open_run
-from search.history import JOURNAL, Evaluation, Reader, readers
-from search.journal import VERSION, outcome_fields
-from search.lines import encode
-from search.provenance import code_version, process
+from search.records.history import JOURNAL, Evaluation, Reader, readers
+from search.records.journal import VERSION, outcome_fields
+from search.records.lines import encode
+from search.records.provenance import code_version, process
 
 # what a fitness does not depend on
 _FREE_TABLES = {"name", "seed", "data", "model", "launch"}

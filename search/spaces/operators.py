@@ -17,9 +17,9 @@ from dmi_hpc.models.space import (
     Parameter,
     SearchSpace,
 )
-from search.genes import Gene
-from search.genome import ConvGene, DenseGene, Genome, RecurrentGene, as_number
-from search.space import (
+from search.spaces.genes import Gene
+from search.spaces.genome import ConvGene, DenseGene, Genome, RecurrentGene, as_number
+from search.spaces.space import (
     completed,
     pick,
     position_of,

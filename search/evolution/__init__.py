@@ -1,0 +1,1 @@
+"""The algorithm: ask and tell, selection, surrogate, rungs. No Ray, no files, no clock."""

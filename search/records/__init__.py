@@ -1,0 +1,1 @@
+"""What a search writes and what others read of it: journals, islands, checkpoints kept, status."""

@@ -1,0 +1,1 @@
+"""What is searched: networks, plain parameters, cells; each a ``search.base.Space``."""

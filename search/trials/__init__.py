@@ -1,0 +1,1 @@
+"""One evaluation of a network, from a genome to a typed outcome, on one rank or several."""
