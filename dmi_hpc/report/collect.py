@@ -13,7 +13,8 @@ from dmi_hpc.errors import RunError
 from dmi_hpc.files import read_json_lines
 from dmi_hpc.models.spec import NetworkSpec
 from dmi_hpc.report.checked import read_json, validate
-from dmi_hpc.report.evaluations import Search, read_search
+from dmi_hpc.report.evaluations import Search
+from dmi_hpc.report.journals import read_searches
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ class Winner:
     hyper: dict[str, Any] = field(default_factory=dict)
     origin: str = ""
     parents: tuple[int, ...] = ()
+    island: str = ""
+
+    @property
+    def name(self) -> str:
+        """As ``dmi search top`` shows it."""
+        return f"{self.island}:{self.id}" if self.island else str(self.id)
 
 
 @dataclass(frozen=True)
@@ -246,11 +253,10 @@ def read_run(run: Path) -> Run:
             f"{run}: no run.json: expected the folder of a run "
             "(`dmi search` or `dmi train` makes one); give its path"
         )
-    journal = run / "search" / "journal.jsonl"
     return Run(
         info=info,
         data=read_json(_manifest(run, info), Dataset),
-        search=read_search(journal) if journal.exists() else None,
+        search=read_searches(run / "search"),
         winner=read_json(run / "search" / "winner.json", Winner),
         refined=_read_refined(run / "search" / "ensemble" / "ensemble.json"),
         training=_read_training(run / "train"),

@@ -239,19 +239,20 @@ def genealogy(search: Search, winner: int) -> str:
     for key, (x, y) in place.items():
         parts.append(_node(search, key, x, y, is_winner=key == winner))
     width = oldest * _COLUMN + _NODE_WIDTH + 8
-    label = f"Ancestors of evaluation {winner}: {len(place)} networks in {oldest + 1} generations"
+    of = f"{len(place)} networks in {oldest + 1} generations"
+    label = f"Ancestors of evaluation {search.name(winner)}: {of}"
     return _svg(width, tallest * _ROW + 16, label, parts)
 
 
 def _node(search: Search, key: int, x: float, y: float, *, is_winner: bool) -> str:
-    trial = search.trials[key]
+    trial, name = search.trials[key], search.name(key)
     colour = origin_colour(trial.origin)
     stroke = 3 if is_winner else 1.4
     return (
-        f"<g><title>{escape(f'evaluation {key}: {trial.origin}, fitness {trial.fitness}')}</title>"
+        f"<g><title>{escape(f'evaluation {name}: {trial.origin}, fitness {trial.fitness}')}</title>"
         f'<rect x="{x}" y="{y}" width="{_NODE_WIDTH}" height="{_NODE_HEIGHT}" rx="7" '
         f'fill="var(--paper)" stroke="var(--{colour})" stroke-width="{stroke}"/>'
-        + _text(x + _NODE_WIDTH / 2, y + 17, f"#{key} {trial.origin}", colour, 11, bold=True)
+        + _text(x + _NODE_WIDTH / 2, y + 17, f"#{name} {trial.origin}", colour, 11, bold=True)
         + _text(x + _NODE_WIDTH / 2, y + 32, number(trial.fitness, 4), "ink", 12)
         + "</g>"
     )

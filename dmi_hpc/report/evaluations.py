@@ -1,15 +1,11 @@
-"""The search journal as a table of evaluations on one clock, and the ancestry of a network."""
+"""Evaluations of a search on one clock, and the ancestry of a network."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-
-from dmi_hpc.files import read_json_lines
-from dmi_hpc.report.checked import validate
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,8 @@ class Search:
     """All evaluations by id.
 
     resumed: when the search was continued, on the same clock; objectives: what was minimised beside
-    the error, by names of metrics; population: breeding members.
+    the error, by names of metrics; population: breeding members; names: of networks as the commands
+    say them, where a search has islands and the numbers here count over all of them.
     """
 
     trials: Mapping[int, Trial]
@@ -48,6 +45,17 @@ class Search:
     resumed: tuple[float, ...] = ()
     objectives: tuple[str, ...] = ()
     population: int | None = None
+    islands: int = 1
+    names: Mapping[int, str] = field(default_factory=dict)
+
+    def name(self, number: int) -> str:
+        """Of a network, as ``dmi search top`` shows it."""
+        return self.names.get(number, str(number))
+
+    def number(self, name: str) -> int | None:
+        """Inverse of `name`; None if there is no such network."""
+        numbers = {self.name(number): number for number in self.trials}
+        return numbers.get(name)
 
     @cached_property
     def finished(self) -> tuple[Trial, ...]:
@@ -88,91 +96,6 @@ class Search:
             ((kind, kinds.count(kind), message) for kind, message in last.items()),
             key=lambda entry: (-entry[1], entry[0]),
         )
-
-
-@dataclass(frozen=True)
-class _Event:
-    event: str
-    time: float
-    config: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Ask:
-    id: int
-    time: float
-    genome: dict[str, Any] = field(default_factory=dict)
-    origin: str = "unknown"
-    parents: tuple[int, ...] = ()
-    predicted: float | None = None
-
-
-@dataclass(frozen=True)
-class _Config:
-    """What the header's ``config`` says of the search, as far as it is shown."""
-
-    workers: int | None = None
-    objectives: tuple[str, ...] = ()
-    population: int | None = None
-
-
-@dataclass(frozen=True)
-class _Tell:
-    id: int
-    time: float
-    status: str
-    fitness: float | None = None
-    failure: str | None = None
-    message: str = ""
-    seconds: float = 0.0
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-
-def read_search(path: Path) -> Search:
-    """Replay the journal. An answer without its question (torn by a crash) is ignored."""
-    trials: dict[int, Trial] = {}
-    resumed: list[float] = []
-    config = _Config()
-    last: float | None = None
-    clock = 0.0
-    for line in read_json_lines(path):
-        event = validate(line, _Event, path)
-        if event.event == "resume":
-            resumed.append(clock)
-        elif last is not None:
-            clock += max(0.0, event.time - last)
-        last = event.time
-        if event.event == "header":
-            config = validate(event.config, _Config, path)
-        if event.event in ("ask", "migrant"):
-            ask = validate(line, _Ask, path)
-            origin = ask.origin if event.event == "ask" else "migrant"
-            trials[ask.id] = Trial(
-                ask.id, origin, ask.parents, ask.genome, clock, predicted=ask.predicted
-            )
-        if event.event in ("tell", "migrant"):
-            tell = validate(line, _Tell, path)
-            if tell.id in trials:
-                trials[tell.id] = _told(trials[tell.id], tell, clock)
-    objectives = tuple(name for name in config.objectives if name != "error")
-    return Search(trials, clock, config.workers, tuple(resumed), objectives, config.population)
-
-
-def _told(trial: Trial, tell: _Tell, clock: float) -> Trial:
-    succeeded = tell.status == "ok"
-    return replace(
-        trial,
-        told=clock,
-        seconds=tell.seconds,
-        fitness=tell.fitness if succeeded else None,
-        failure=None if succeeded else (tell.failure or tell.status),
-        message=tell.message,
-        metrics={
-            name: float(value)
-            for name, value in tell.metrics.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        },
-    )
 
 
 def ancestors(search: Search, trial_id: int, depth: int) -> dict[int, list[Trial]]:

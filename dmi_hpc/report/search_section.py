@@ -25,6 +25,7 @@ FAILURES = {
     "timeout": "not finished in time",
     "exception": "code of the task raised",
     "lost": "its worker died",
+    "data": "its data could not be read",
 }
 
 
@@ -33,7 +34,8 @@ def search_context(run: Run) -> dict[str, Any]:
     search = run.search
     if search is None or not search.trials:
         return {"progress": None, "genealogy": None}
-    winner = run.winner.id if run.winner else (search.best.id if search.best else None)
+    best = search.best.id if search.best else None
+    winner = search.number(run.winner.name) if run.winner else best
     born = winner is not None and winner in search.trials
     quality = surrogate_quality(search)
     return {

@@ -16,8 +16,8 @@ import pytest
 from dmi_hpc.errors import RunError
 from dmi_hpc.report import write_report
 from dmi_hpc.report.collect import read_run
-from dmi_hpc.report.evaluations import read_search
 from dmi_hpc.report.formatting import number
+from dmi_hpc.report.journals import read_search
 from dmi_hpc.report.page import headline
 
 SECTIONS = {

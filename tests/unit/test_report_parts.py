@@ -13,8 +13,9 @@ from dmi_hpc.files import append_json_line
 from dmi_hpc.models.cost import cost
 from dmi_hpc.models.spec import Activation, Conv, Dense, NetworkSpec, Norm, Pool, Readout
 from dmi_hpc.report.diagrams import blocks
-from dmi_hpc.report.evaluations import Search, Trial, ancestors, changes, lineage, read_search
+from dmi_hpc.report.evaluations import Search, Trial, ancestors, changes, lineage
 from dmi_hpc.report.formatting import compact, duration, number
+from dmi_hpc.report.journals import read_search
 
 VOXELS = NetworkSpec(
     input_shape=(1, 15, 15, 15),

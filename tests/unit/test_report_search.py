@@ -27,8 +27,9 @@ from dmi_hpc.models.spec import (
 )
 from dmi_hpc.report import write_report
 from dmi_hpc.report.diagrams import blocks, network_drawing
-from dmi_hpc.report.evaluations import Search, Trial, read_search
+from dmi_hpc.report.evaluations import Search, Trial
 from dmi_hpc.report.genes import distances, genes, importance
+from dmi_hpc.report.journals import read_search, read_searches
 from dmi_hpc.report.search_figures import MOST_LANES, timeline
 from dmi_hpc.report.search_section import costs_shown
 from dmi_hpc.report.searching import (
@@ -292,3 +293,41 @@ def test_numbers_of_the_ensemble_must_be_there(tmp_path):
     path.write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=r"ensemble\.json: scores\.test"):
         write_report(tmp_path)
+
+
+def test_islands_are_one_search(tmp_path: Path):
+    ask = {"event": "ask", "genome": {}, "origin": "random", "parents": []}
+    tell = {"event": "tell", "status": "ok", "seconds": 1.0, "metrics": {}}
+    migrant = {"event": "migrant", "genome": {}, "status": "ok", "fitness": 0.3}
+    islands = {
+        "a": [
+            {"event": "header", "time": 100.0, "config": {"workers": 2}},
+            {**ask, "id": 0, "time": 100.0},
+            {**tell, "id": 0, "time": 103.0, "fitness": 0.3},
+        ],
+        "b": [
+            {"event": "header", "time": 102.0, "config": {"workers": 3}},
+            {**ask, "id": 0, "time": 102.0},
+            {**migrant, "id": -1, "time": 104.0, "from": {"island": "a", "id": 0}},
+            {**ask, "id": 1, "time": 104.0, "parents": [-1], "origin": "mutation"},
+            {**tell, "id": 1, "time": 106.0, "fitness": 0.2},
+            {**ask, "id": 2, "time": 106.0, "parents": [1], "origin": "mutation"},
+            {**tell, "id": 2, "time": 106.0, "fitness": 0.3, "metrics": {"evaluated_as": "a:0"}},
+            {**ask, "id": 3, "time": 106.0, "parents": [2], "origin": "mutation"},
+        ],
+    }
+    for name, events in islands.items():
+        folder = tmp_path / "islands" / name
+        folder.mkdir(parents=True)
+        for event in events:
+            append_json_line(folder / "journal.jsonl", event)
+    found = read_searches(tmp_path)
+    assert found is not None
+    assert [found.name(number) for number in found.trials] == ["a:0", "b:0", "b:1", "b:3"]
+    assert (found.islands, found.workers, found.elapsed) == (2, 5, 6.0)
+    assert [trial.parents for trial in found.trials.values()] == [(), (), (0,), (0,)]
+    assert [trial.fitness for trial in found.finished] == [0.3, 0.2]
+    best = found.best
+    assert best is not None
+    assert (found.number("b:1"), best.asked, best.told) == (best.id, 4.0, 6.0)
+    assert read_searches(tmp_path / "elsewhere") is None
