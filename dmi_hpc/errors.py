@@ -23,7 +23,9 @@ EXIT_INTERRUPTED = 75
 # schedulers, terminals and users ask for a stop by these
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-FailureKind = Literal["invalid", "memory", "nan", "timeout", "exception", "lost", "limit"]
+FailureKind = Literal["invalid", "memory", "nan", "timeout", "exception", "lost", "data", "limit"]
+# of the machine, not of the network: a process that died, data or a disk that cannot be read
+TRANSIENT: frozenset[FailureKind] = frozenset({"lost", "data"})
 
 
 class DMIError(ValueError):

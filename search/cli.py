@@ -17,7 +17,7 @@ import typer
 from dmi_hpc import knobs
 from dmi_hpc.cli.options import Out, Resume, run_of
 from dmi_hpc.data.manifest import read_manifest
-from dmi_hpc.errors import EXIT_INTERRUPTED, DataError, Interrupted, RunError
+from dmi_hpc.errors import EXIT_INTERRUPTED, DataError, DMIError, Interrupted, RunError
 from dmi_hpc.files import exclusive
 from dmi_hpc.problem import Problem
 from dmi_hpc.run import Run, open_run, record_command
@@ -157,6 +157,9 @@ def _run_session(run: Run, driver: Driver, unit: str, stop: StopFlag) -> None:
         if not driver.stopped or stop:
             driver.end("interrupted")
             raise
+    except DMIError:
+        driver.end("failed")
+        raise
     driver.end("stopped" if driver.stopped else "finished")
 
 

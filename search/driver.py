@@ -17,7 +17,7 @@ from typing import Any
 
 from dmi_hpc.config import Recipe, SearchConfig, TrainConfig
 from dmi_hpc.data.manifest import require_identity
-from dmi_hpc.errors import RunError
+from dmi_hpc.errors import TRANSIENT, RunError
 from dmi_hpc.files import write_json
 from dmi_hpc.models.space import HyperValue, SearchSpace
 from search.evolution.evolve import Evolution, EvolutionConfig, Failure, Proposal, SpaceExhausted
@@ -33,7 +33,8 @@ from search.spaces.genome import Genome, decode, to_json
 from search.spaces.networks import Networks
 from search.trials.trial import Assignment, Goal, TrialOutcome
 
-LOSSES = 2  # of its worker, until a network counts as the cause
+LOSSES = 2  # failures of the machine, until a network counts as the cause
+HOPELESS = 30  # failures in a row, or as many as there are workers: something else is wrong
 LOOK_S = 1.0  # between looks at what the user wants
 
 
@@ -73,6 +74,8 @@ class Driver:
         self._inherit, self._kept = search.inherit, Kept(self.folder)
         self.progress = Progress(search.evaluations)
         self._losses: Counter[int] = Counter()
+        self._lost_by: dict[int, str] = {}  # the worker that is not to have it again
+        self._in_a_row = 0  # failures
         self._data = data
         self._pending: deque[Stage[Genome]] = deque()
         self.journal = Journal(self.folder / JOURNAL)
@@ -202,15 +205,15 @@ class Driver:
         p = self.progress
         return p.finished + p.elsewhere + len(self._new_ones) >= p.budget
 
-    def next_proposal(self) -> Proposal[Genome] | None:
-        """What to do next: what was interrupted, a paused trial that goes on, or a new network.
+    def next_proposal(self, worker: str = "") -> Proposal[Genome] | None:
+        """What `worker` is to do: what was interrupted, a paused trial that goes on, or a new network.
 
         No island has evaluated it yet. None while there is none: for good if `done`, else until a
         running one ends.
         """
         self.attend()
         while not (self.out_of_time or self.stopped):
-            stage = self._interrupted() or self._begun()
+            stage = self._interrupted(worker) or self._begun()
             if stage is None:
                 break
             proposal = stage.proposal
@@ -224,8 +227,13 @@ class Driver:
             self.halving.tell(proposal.id, known.outcome)
         return None
 
-    def _interrupted(self) -> Stage[Genome] | None:
-        wanted = next((s for s in self._pending if s.rung or not self._spent), None)
+    def _interrupted(self, worker: str) -> Stage[Genome] | None:
+        open_ones = (s for s in self._pending if s.rung or not self._spent)
+        elsewhere = self.progress.workers > 1 and bool(worker)
+        wanted = next(
+            (s for s in open_ones if not elsewhere or self._lost_by.get(s.proposal.id) != worker),
+            None,
+        )
         if wanted is not None:
             self._pending.remove(wanted)
         return wanted
@@ -254,8 +262,35 @@ class Driver:
         goal = Goal(rungs.budgets[stage.rung]) if stage.rung < rungs.top else None
         return Assignment(number, goal, parents)
 
-    def finished(self, number: int, outcome: TrialOutcome) -> None:
-        """Record the outcome of proposal `number`."""
+    def finished(self, number: int, outcome: TrialOutcome, worker: str = "") -> None:
+        """Record the outcome of proposal `number`, that `worker` brought.
+
+        A failure of the machine is not believed at once: the proposal is asked again, under its
+        number, by another worker if there is one. Raises RunError if nothing succeeds any more.
+        """
+        if isinstance(outcome.told, Failure) and outcome.told.kind in TRANSIENT:
+            self._losses[number] += 1
+            if self._losses[number] < LOSSES:
+                self._lost_by[number] = worker
+                self.again(number)
+                return
+        self._record(number, outcome)
+        self._require_hope(outcome)
+
+    def _require_hope(self, outcome: TrialOutcome) -> None:
+        """RunError if so many failed one after the other that no search can be the reason."""
+        told = outcome.told
+        self._in_a_row = self._in_a_row + 1 if isinstance(told, Failure) else 0
+        if isinstance(told, Failure) and self._in_a_row >= max(HOPELESS, self.progress.workers):
+            kinds = ", ".join(f"{n} {kind}" for kind, n in self.progress.failures.most_common())
+            raise RunError(
+                f"the last {self._in_a_row} evaluations failed, one after the other (failures of the "
+                f"search: {kinds}): the search stops before it wastes more. The last one: {told.kind}: "
+                f"{told.message[:500]}. {self.journal.path} has the traceback of each. Once the reason "
+                "is mended, --resume goes on with new networks"
+            )
+
+    def _record(self, number: int, outcome: TrialOutcome) -> None:
         told, rung = outcome.told, self.halving.stage(number).rung
         metrics = {**outcome.metrics, "rung": rung} if self.halving.rungs.top else outcome.metrics
         self.journal.tell(number, told, outcome.seconds, metrics)
@@ -278,15 +313,6 @@ class Driver:
         parents = {parent for n in running for parent in self.evolution.proposals[n].parents}
         kept = running | set(self.halving.rungs.next_in_line(self.evolution.config.population))
         self._kept.prune(kept, {*parents, *self.evolution.breeding} if self._inherit else ())
-
-    def lost(self, number: int, failure: Failure, seconds: float) -> None:
-        """The worker of proposal `number` died. The first time it is asked again, under its number:
-        the machine is as likely a culprit as the network."""
-        self._losses[number] += 1
-        if self._losses[number] >= LOSSES:
-            self.finished(number, TrialOutcome(failure, seconds, {}))
-        else:
-            self.again(number)
 
     def again(self, number: int) -> None:
         """Proposal `number` was not evaluated, through no fault of its own: it is the next one."""

@@ -105,7 +105,7 @@ class _Desk:
         """What to evaluate: the evaluator's arguments. None while there is none, or no time for it."""
         if not self.allocation.may_start(time.time()):
             return None
-        proposal = self.driver.next_proposal()
+        proposal = self.driver.next_proposal(slot)
         self.shown()
         if proposal is None:
             return None
@@ -126,7 +126,7 @@ class _Desk:
 
     def finished(self, slot: str, outcome: TrialOutcome) -> None:
         self._deaths = 0
-        self.driver.finished(self._numbers.pop(slot), outcome)
+        self.driver.finished(self._numbers.pop(slot), outcome, slot)
         self.allocation.finished(outcome.seconds)
         self.shown()
 
@@ -238,7 +238,7 @@ def judge_loss(
         driver.finished(number, TrialOutcome(Failure("timeout", message, text), seconds, {}))
     else:
         message = f"the worker process died (killed, out of memory, or as Ray says: {last[:500]})"
-        driver.lost(number, Failure("lost", message, text), seconds)
+        driver.finished(number, TrialOutcome(Failure("lost", message, text), seconds, {}))
 
 
 def run_trials(

@@ -34,7 +34,7 @@ import numpy as np
 from pydantic import Field
 
 from dmi_hpc.config import Config
-from dmi_hpc.errors import FailureKind
+from dmi_hpc.errors import TRANSIENT, FailureKind
 from search.base import G, Space, Vector
 from search.evolution.population import Population
 from search.evolution.surrogate import Judgement, Surrogate, Values
@@ -185,8 +185,8 @@ class Evolution(Generic[G]):
             if self._best is None or outcome.fitness < self._best[1]:
                 self._best = identifier, outcome.fitness
         if self._surrogate is not None:
-            if isinstance(outcome, Failure) and outcome.kind == "lost":
-                self._surrogate.forget(identifier)  # the process died: that says nothing of it
+            if isinstance(outcome, Failure) and outcome.kind in TRANSIENT:
+                self._surrogate.forget(identifier)  # that says nothing of it
             else:
                 self._surrogate.add(identifier, values)
         return outcome

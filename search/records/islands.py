@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from dmi_hpc.errors import DMIError, RunError
+from dmi_hpc.errors import TRANSIENT, DMIError, RunError
 from search.evolution.evolve import Evolution, Proposal
 from search.records.history import MAIN, Evaluation, Reader, journals
 from search.records.journal import Journal, adopt, outcome_fields
@@ -83,8 +83,7 @@ class Islands:
             return
         self.finished += len(found)
         for evaluation in found:
-            # a process that was lost says nothing about its network
-            if evaluation.failure != "lost":
+            if evaluation.failure not in TRANSIENT:  # they say nothing about a network
                 self._fresh.setdefault(evaluation.hash, evaluation)
 
     def _foreign(self, reader: Reader) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dmi_hpc.config import Recipe
 from dmi_hpc.data.manifest import read_manifest, require_identity
-from dmi_hpc.errors import RunError
+from dmi_hpc.errors import TRANSIENT, RunError
 from dmi_hpc.files import atomic_file, writing
 from dmi_hpc.run import Run, open_run
 from search.records.history import JOURNAL, Evaluation, Reader, readers
@@ -100,7 +100,7 @@ def _unique(found: Sequence[Found]) -> list[Found]:
     """Every genome once, in the order of the asks: the first success, or else the first failure."""
     best: dict[str, Found] = {}
     for entry in sorted(found, key=lambda f: (f[2].fitness is None, f[2].told)):
-        if entry[2].failure != "lost":
+        if entry[2].failure not in TRANSIENT:
             best.setdefault(entry[2].hash, entry)
     return sorted(best.values(), key=lambda f: f[2].asked)
 

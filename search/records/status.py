@@ -29,7 +29,7 @@ class Searching:
     """One search (island) of a run. silent_s: since its last event; busy: share of worker time."""
 
     island: str
-    state: str  # running, silent, or how it ended: finished, stopped, interrupted
+    state: str  # running, silent, or how it ended: finished, stopped, interrupted, failed
     silent_s: float
     finished: int
     running: int

@@ -21,7 +21,7 @@ import torch
 
 from dmi_hpc import checkpoint
 from dmi_hpc.config import Recipe, StartConfig, TrainConfig, with_train
-from dmi_hpc.errors import FailureKind, Interrupted, NetworkError, TrialFailure
+from dmi_hpc.errors import DataError, FailureKind, Interrupted, NetworkError, TrialFailure
 from dmi_hpc.job import Epoch, Job
 from dmi_hpc.meters import Step
 from dmi_hpc.models.build import build
@@ -186,6 +186,9 @@ class Evaluator:
             return _failed(TrialFailure("invalid", str(error)), started)
         except (MemoryError, torch.OutOfMemoryError) as error:
             return _failed(TrialFailure("memory", str(error) or "out of memory"), started)
+        except (DataError, OSError) as error:
+            text = traceback.format_exc()[-TRACEBACK_CHARACTERS:]
+            return _failed(TrialFailure("data", f"{type(error).__name__}: {error}", text), started)
         except Exception as error:
             self.spent = not self._device_answers()
             memory = any(sign in str(error) for sign in OUT_OF_MEMORY)

@@ -18,7 +18,7 @@ from dmi_hpc.tasks import make_task
 from search.cli import search
 from search.cluster.capacity import Capacity, capacity, local_workers
 from search.cluster.tune import cluster, judge_loss, own_errors
-from search.driver import Driver, founder_defaults
+from search.driver import HOPELESS, Driver, founder_defaults
 from search.evolution.evolve import Failure, Success
 from search.trials.trial import TrialOutcome
 
@@ -28,9 +28,9 @@ def recipe(tmp_path):
     return load_recipe(toy_recipe(tmp_path / "toy.toml"))
 
 
-def driver_of(recipe, folder):
+def driver_of(recipe, folder, workers=1):
     driver = Driver(recipe, make_task(recipe.task).space(), folder)
-    driver.start(1, 2.0)
+    driver.start(workers, 2.0)
     return driver
 
 
@@ -90,14 +90,15 @@ def test_a_search_continued_on_other_data_is_refused(recipe, tmp_path):
 
 def test_no_winner_among_failures_only(recipe, tmp_path):
     driver = driver_of(recipe, tmp_path)
-    kinds = ("exception", "lost", "lost", "memory", "timeout", "nan")
+    kinds = ("exception", "lost", "data", "memory", "timeout", "nan")
     for kind in kinds:
-        proposal = driver.next_proposal()
-        driver.finished(proposal.id, TrialOutcome(Failure(kind), 0.1, {}))
+        while len(driver.evolution.outcomes) <= kinds.index(kind):
+            proposal = driver.next_proposal()
+            driver.finished(proposal.id, TrialOutcome(Failure(kind), 0.1, {}))
     assert driver.done
     with pytest.raises(RunError) as caught:
         driver.write_winner()
-    for part in ("1 exception", "2 lost", "1 memory", "1 timeout", "1 nan", "journal"):
+    for part in ("1 exception", "1 lost", "1 data", "1 memory", "1 timeout", "1 nan", "journal"):
         assert part in str(caught.value)
     assert not (tmp_path / "winner.json").exists()
 
@@ -157,19 +158,20 @@ def test_a_cluster_holds_what_its_nodes_hold():
         capacity(cpu, threads=9)
 
 
-def test_a_trial_whose_worker_died_is_asked_once_more(recipe, tmp_path):
+@pytest.mark.parametrize("kind", ["lost", "data"])
+def test_a_trial_that_the_machine_failed_is_asked_once_more(recipe, tmp_path, kind):
     driver, journal = driver_of(recipe, tmp_path), tmp_path / "journal.jsonl"
     first = driver.next_proposal()
     before = journal.read_bytes()
-    driver.lost(first.id, Failure("lost", "died"), 1.0)
+    driver.finished(first.id, TrialOutcome(Failure(kind, "died"), 1.0, {}))
     assert journal.read_bytes() == before
     assert not driver.done
     assert driver.next_proposal() is first
     driver.again(first.id)  # not its fault: counts for nothing
     assert driver.next_proposal() is first
-    driver.lost(first.id, Failure("lost", "died again"), 1.0)
+    driver.finished(first.id, TrialOutcome(Failure(kind, "died again"), 1.0, {}))
     assert advance(driver) == [1, 2, 3, 4, 5]
-    assert driver.evolution.outcomes[first.id] == Failure("lost", "died again")
+    assert driver.evolution.outcomes[first.id] == Failure(kind, "died again")
     assert driver.done
 
 
@@ -179,7 +181,7 @@ def test_the_last_trial_may_be_lost_too(recipe, tmp_path):
     last = driver.next_proposal()
     assert driver.next_proposal() is None
     assert not driver.done  # a runner asks again
-    driver.lost(last.id, Failure("lost"), 1.0)
+    driver.finished(last.id, TrialOutcome(Failure("lost"), 1.0, {}))
     assert driver.next_proposal() is last
 
 
@@ -273,3 +275,28 @@ def test_tune_does_not_hide_our_errors(inner):
 def test_a_failure_of_ray_is_an_interruption():
     with pytest.raises(Interrupted, match=r"Ray failed .*no raylet"), own_errors():
         raise RaySystemError("no raylet")
+
+
+def test_another_worker_tries_again_what_a_machine_failed(recipe, tmp_path):
+    driver = driver_of(recipe, tmp_path, workers=2)
+    first = driver.next_proposal("a")
+    driver.finished(first.id, TrialOutcome(Failure("data", "EIO"), 1.0, {}), "a")
+    assert driver.next_proposal("a") is not first
+    assert driver.next_proposal("b") is first
+
+
+def test_a_search_in_which_everything_fails_stops_itself(recipe, tmp_path):
+    search = recipe.search.model_copy(update={"evaluations": 200})
+    driver = driver_of(recipe.model_copy(update={"search": search}), tmp_path)
+
+    def fail(times):
+        for _ in range(times):
+            proposal = driver.next_proposal()
+            driver.finished(proposal.id, TrialOutcome(Failure("exception", "my bug"), 0.1, {}))
+
+    fail(HOPELESS - 1)
+    driver.finished(driver.next_proposal().id, TrialOutcome(Success(1.0), 0.1, {}))
+    fail(HOPELESS - 1)
+    with pytest.raises(RunError, match=r"last 30 .* failed.*59 exception.*my bug.*--resume"):
+        fail(1)
+    assert len(driver.evolution.outcomes) == 2 * HOPELESS  # all are in the journal

@@ -1,5 +1,6 @@
 """One evaluation in this process: its fitness, or the kind of its failure."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -82,6 +83,19 @@ def test_a_device_that_no_longer_answers_spends_its_worker(
     evaluator = Evaluator(recipe, data, torch.device("cuda", 0), memory_GB=1.0)
     assert evaluator(to_json(genome)).told.kind == kind
     assert evaluator.spent is not answers
+
+
+def test_a_shard_that_is_lost_under_a_trial_is_a_failure_of_the_data(data, tmp_path):
+    copy = shutil.copytree(data, tmp_path / "copy")
+    for shard in copy.glob("*.h5"):
+        shard.write_bytes(shard.read_bytes()[:100])
+    recipe = load_recipe(toy_recipe(tmp_path / "toy.toml", copy))
+    space = make_task(recipe.task).space()
+    genome = founder_genome(space.founders[0], space, founder_defaults(space, recipe.train))
+    told = Evaluator(recipe, copy, torch.device("cpu"), memory_GB=1.0)(to_json(genome)).told
+    assert told.kind == "data"
+    assert ".h5" in told.message
+    assert "Traceback" in told.traceback
 
 
 def keeping(data, folder, epochs=6, train=""):
