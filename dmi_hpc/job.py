@@ -31,7 +31,8 @@ class Job:
     seed: int
     world: World = field(default_factory=World)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    checkpoints: Path | None = None  # a search trial keeps none
+    checkpoints: Path | None = None
+    saves_epochs: bool = True  # else only every `checkpoint_s`, and when it is asked to stop
     recipe: str = ""  # fingerprint of the recipe, for its checkpoints
 
 

@@ -122,9 +122,12 @@ class _Training:
                 reason = "early stop"
                 break
             stop = self._train_epoch()
-            self._end_epoch()
-            # this epoch's checkpoint is under way; only now, for one step has one checkpoint
-            if (stop or self._agree().stop) and self.counters.epoch < self.config.epochs:
+            metrics = self._end_epoch()
+            decided, more = self._agree(), self.counters.epoch < self.config.epochs
+            stop = (stop or decided.stop) and more
+            if self.job.saves_epochs or stop or (decided.save and more):
+                self._save(metrics)
+            if stop:
                 raise self._interrupted()
         self.saver.close()
         c = self.counters
@@ -245,7 +248,8 @@ class _Training:
             self.counters.averaged += 1
         return summed, update.norm, False
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self) -> dict[str, float]:
+        """Judge the network and tell the observer; returns what its checkpoint is to say."""
         c, job = self.counters, self.job
         # batch-norm statistics differ by rank: all evaluate and save rank 0's
         collectives.from_first_(self.engine.module.buffers())
@@ -287,7 +291,7 @@ class _Training:
         # told first: killed between the two, an epoch is told twice rather than never
         with together(collectives.gather_objects):
             self.observer.on_epoch(epoch)
-        self._save({"validation_mae": scores.mae, "validation_rmse": scores.rmse})
+        return {"validation_mae": scores.mae, "validation_rmse": scores.rmse}
 
     @contextmanager
     def _evaluated(self) -> Iterator[nn.Module]:

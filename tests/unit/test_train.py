@@ -98,6 +98,20 @@ def test_an_interrupted_training_continues_exactly(data, tmp_path, stop_at):
     assert weights_digest(tmp_path / "cut") == weights_digest(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("stop_at", [3, 14])
+def test_a_training_that_saves_when_asked_continues_exactly_too(data, tmp_path, stop_at):
+    whole, first, second = Watch(), Watch(stop_at), Watch()
+    jobs = [replace(job_of(data, tmp_path / name), saves_epochs=False) for name in ("whole", "cut")]
+    alone = fit(jobs[0], whole, resume=False, warn=print)
+    assert checkpoint.all_in(tmp_path / "whole") == []
+    with pytest.raises(Interrupted):
+        fit(jobs[1], first, resume=False, warn=print)
+    assert len(checkpoint.all_in(tmp_path / "cut")) == 1
+    result = fit(jobs[1], second, resume=True, warn=print)
+    assert final(first.epochs) + final(second.epochs) == final(whole.epochs)
+    assert (result.best_mae, result.best_epoch) == (alone.best_mae, alone.best_epoch)
+
+
 def test_a_torn_checkpoint_is_passed_over(data, tmp_path):
     fit(job_of(data, tmp_path), Watch(), resume=False, warn=print)
     newest = checkpoint.all_in(tmp_path)[-1]
