@@ -27,6 +27,7 @@ from pydantic import (
 
 from dmi_hpc.errors import RecipeError
 from dmi_hpc.models.objectives import CostName, ObjectiveName
+from dmi_hpc.models.space import Parameter
 from dmi_hpc.models.spec import Layer
 
 
@@ -183,6 +184,16 @@ class TrainConfig(Config):
         return int(given) if given.isdigit() and int(given) > 0 else cores_per_rank(local_size)
 
 
+class SpaceConfig(Config):
+    """What differs from the search space of the task."""
+
+    network: Mapping[str, Any] = Field({}, description="choices of `NetworkSpace`")
+    hyper: Mapping[str, Parameter | Literal[False]] = Field(
+        {}, description="[train] keys and their ranges; false: not varied"
+    )
+    founders: bool = Field(True, description="begin with the task's known good networks")
+
+
 class SearchConfig(Config):
     """An asynchronous genetic search for the network and its training hyper-parameters."""
 
@@ -217,6 +228,7 @@ class SearchConfig(Config):
         1.0, gt=0, le=1, description="of a GPU for one rank; several small networks share it"
     )
     train: Mapping[str, Any] = Field({}, description="[train] keys that differ in trials")
+    space: SpaceConfig | None = Field(None, description="what differs from the task's space")
 
     @model_validator(mode="after")
     def _error_first(self) -> SearchConfig:

@@ -32,8 +32,8 @@ class Job:
     world: World = field(default_factory=World)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     checkpoints: Path | None = None
-    saves_epochs: bool = True  # else only every `checkpoint_s`, and when it is asked to stop
     recipe: str = ""  # fingerprint of the recipe, for its checkpoints
+    saves_epochs: bool = True  # else only every `checkpoint_s`, and when it is asked to stop
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dmi_hpc.cli.options import Out, Resume, run_of
 from dmi_hpc.data.manifest import read_manifest
 from dmi_hpc.errors import EXIT_INTERRUPTED, DataError, DMIError, Interrupted, RunError
 from dmi_hpc.files import exclusive
+from dmi_hpc.models.space import SearchSpace
 from dmi_hpc.problem import Problem
 from dmi_hpc.run import Run, open_run, record_command
 from dmi_hpc.tasks import make_task
@@ -31,6 +32,7 @@ from search.driver import Driver, Start, founder_defaults
 from search.records.history import JOURNAL, MAIN, home
 from search.records.islands import require_name
 from search.records.warm import founders_from
+from search.spaces.recipe import recipe_space
 
 app = typer.Typer(
     cls=Group,
@@ -107,13 +109,13 @@ def search(
         raise DataError(f"{run.data}: no data set. First: dmi data build RECIPE --out {run.folder}")
     task = make_task(run.recipe.task)
     Problem.open(task, run.data)  # once for all workers
-    space = task.space()
+    space = recipe_space(run.recipe, task)
     founders = (
         founders_from(sources, space, founder_defaults(space, run.recipe.train)) if sources else ()
     )
     record_command(run)
     with exclusive(folder, "search"), stop_on_signals() as stop:
-        _search(run, task, Start(island or MAIN, founders, larger_space), stop)
+        _search(run, task, space, Start(island or MAIN, founders, larger_space), stop)
 
 
 def _run_of(place: Path, out: Path | None) -> Run:
@@ -127,9 +129,9 @@ def _run_of(place: Path, out: Path | None) -> Run:
     return open_run(place.resolve())
 
 
-def _search(run: Run, task: Task, start: Start, stop: StopFlag) -> None:
+def _search(run: Run, task: Task, space: SearchSpace, start: Start, stop: StopFlag) -> None:
     identity = read_manifest(run.data).identity
-    driver = Driver(run.recipe, task.space(), run.search, data=identity, start=start)
+    driver = Driver(run.recipe, space, run.search, data=identity, start=start)
     for warning in driver.warnings:
         console().print(f"warning: {warning}", markup=False)
     if not driver.done:

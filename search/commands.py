@@ -186,13 +186,14 @@ def export(
     from dmi_hpc.tasks import make_task
     from search.results.recipes import to_toml, training_recipe
     from search.spaces.genome import decode, from_json
+    from search.spaces.recipe import recipe_space
 
     if out is not None and out.exists():
         raise RunError(f"{out}: exists already; remove it or choose another --out")
     found, opened = _chosen(run, network), open_run(run.resolve())
     genome = from_json(found.genome)
-    layers = decode(genome, make_task(opened.recipe.task).space().network)
     recipe = opened.recipe
+    layers = decode(genome, recipe_space(recipe, make_task(recipe.task)).network)
     text = to_toml(
         training_recipe(recipe, opened.data, layers, dict(genome.hyper), recipe.seed).model_copy(
             update={"name": f"{recipe.name}-{found.name.replace(':', '-')}"}

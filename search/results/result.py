@@ -33,6 +33,7 @@ from search.results.calibration import calibrated, judged, nll
 from search.results.recipes import to_toml, training_recipe
 from search.results.training_process import trained
 from search.spaces.genome import decode, from_json
+from search.spaces.recipe import recipe_space
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def members_of(run: Run, top: int, seeds: int, networks: Sequence[str] = ()) -> 
 def prepare(run: Run, members: Sequence[Member]) -> Path:
     """Write the recipe of every member; returns the folder."""
     folder = run.search / "refined"
-    space = make_task(run.recipe.task).space()
+    space = recipe_space(run.recipe, make_task(run.recipe.task))
     for member in members:
         genome = from_json(member.found.genome)
         network = decode(genome, space.network)

@@ -35,6 +35,7 @@ from dmi_hpc.train import fit
 from search.evolution.evolve import Failure, Outcome, Success
 from search.records.kept import Kept, Origin, Trained
 from search.spaces.genome import Genome, decode, from_json
+from search.spaces.recipe import recipe_space
 from search.trials.inherit import inherited
 from search.trials.objectives import measured
 
@@ -161,7 +162,7 @@ class Evaluator:
 
     @cached_property
     def _space(self) -> SearchSpace:
-        return self._problem.task.space()
+        return recipe_space(self._recipe, self._problem.task)
 
     @cached_property
     def _problem(self) -> Problem:

@@ -28,6 +28,7 @@ from dmi_hpc.config import (
     ModelConfig,
     Recipe,
     SearchConfig,
+    SpaceConfig,
     StartConfig,
     TrainConfig,
     load_recipe,
@@ -55,6 +56,7 @@ TABLES = {
     "[train]": TrainConfig,
     "[train.start]": StartConfig,
     "[search]": SearchConfig,
+    "[search.space]": SpaceConfig,
     "[launch]": LaunchConfig,
 }
 
