@@ -14,7 +14,7 @@ quickstart: $(VENV)/.ready
 	$(BIN)/dmi launch all recipes/homogenization_quickstart.toml --out runs/quickstart
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

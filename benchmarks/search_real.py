@@ -24,14 +24,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,17 +38,15 @@ import numpy as np
 import torch
 from loading.report import machine, markdown
 from scipy.stats import wilcoxon
+from searching.tasks import Case, composition, stiffness
 
 from dmi_hpc import checkpoint
-from dmi_hpc.config import Recipe, parse
-from dmi_hpc.data.build import Alone
 from dmi_hpc.evaluate import evaluate_rows
 from dmi_hpc.job import Job
 from dmi_hpc.models.build import build
 from dmi_hpc.models.space import Choice, SearchSpace
 from dmi_hpc.problem import Problem
 from dmi_hpc.tasks import make_task
-from dmi_hpc.tasks.base import BuildContext
 from dmi_hpc.train import fit
 from dmi_hpc.world import World
 from search.evolution.evolve import Evolution, EvolutionConfig, Failure, Success
@@ -69,67 +65,8 @@ from search.trials.trial import Deadline, Evaluator, trial_config
 ARMS = ("ours", "random", "tpe")
 INITIAL = EvolutionConfig().initial
 MEMORY_GB = 4.0
-SMALL_VOLUMES = {
-    "conv_blocks": (1, 4),
-    "filters": (4, 8, 12, 16, 24),
-    "kernels": (1, 3),
-    "dense_blocks": (0, 2),
-    "units": (8, 16, 32, 64),
-}
-SMALL_VECTORS = {"dense_blocks": (1, 5), "units": (16, 32, 64, 128, 256)}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A task with its trials. table: of a CSV (file, formula, value), else the solver's data."""
-
-    name: str
-    task: Mapping[str, Any]
-    epochs: int
-    network: Mapping[str, Any]
-    budget_s: float
-    table: tuple[str, str, str] | None = None
-
-    def recipe(self, seed: int) -> Recipe:
-        raw = {
-            "name": self.name,
-            "seed": seed,
-            "task": dict(self.task),
-            "data": {"validation": 0.25, "test": 0.25},
-            "train": {"schedule": "one_cycle", "clip_norm": 1.0, "loader_threads": 0},
-            "search": {"epochs": self.epochs},
-        }
-        return parse(Recipe, raw, where=self.name)
-
-    def space(self) -> SearchSpace:
-        """The task's, with small networks and without founders."""
-        space = make_task(self.task).space()
-        network = space.network.model_copy(update=self.network)
-        return space.model_copy(update={"network": network, "founders": ()})
-
-    def build(self, folder: Path) -> None:
-        recipe = self.recipe(0)
-        if self.table is None:
-            context = BuildContext(recipe.data, 0, Alone(), 1, lambda rows: None)
-            make_task(self.task).build_data(folder, context)
-            return
-        file, formula, value = self.table
-        split = ("--validation", "0.25", "--test", "0.25", "--duplicates", "mean")
-        names = ("--formula", formula, "--value", value)
-        dmi = (sys.executable, "-m", "dmi_hpc", "data", "import")
-        subprocess.run([*dmi, file, "--out", str(folder), *names, *split], check=True)
-
-
-def stiffness(contrast: float) -> Case:
-    task = {"name": "homogenization", "voxels": 9, "contrast": contrast, "samples": 400}
-    return Case(f"stiffness, contrast {contrast:g}", task, 5, SMALL_VOLUMES, 30.0)
-
-
-def composition(text: str) -> Case:
-    file, formula, value = text.rsplit(":", 2)
-    task = {"name": "elemnet", "dropout": False, "quantity": value, "unit": "as in the file"}
-    name = f"composition {Path(file).name.split('.')[0]}"
-    return Case(name, task, 12, SMALL_VECTORS, 20.0, (file, formula, value))
+SECONDS = {"homogenization": 30.0, "elemnet": 20.0}  # of a search, by task
+TEST = 0.25  # share of the rows
 
 
 class Ours:
@@ -316,7 +253,7 @@ def searches(
     """All of them, --processes at a time, each in one process, whose time is counted."""
     out: Path | None = options.out
     found = [json.loads(line) for line in out.open()] if out and out.exists() else []
-    budgets = {case.name: case.budget_s * options.scale for case in cases}
+    budgets = {case.name: SECONDS[case.task["name"]] * options.scale for case in cases}
     found = [row for row in found if row["budget_s"] == budgets.get(row["case"])]
     done = {(row["case"], row["arm"], row["seed"]) for row in found}
     for number, case in enumerate(cases):
@@ -402,8 +339,8 @@ def main() -> None:
     options = parser.parse_args()
     _prepare(options.optuna)
     arms = [arm for arm in ARMS if arm != "tpe" or importlib.util.find_spec("optuna")]
-    cases = [stiffness(50.0), stiffness(5.0)]
-    cases += map(composition, options.compositions)
+    cases = [stiffness(contrast, samples=400, epochs=5, test=TEST) for contrast in (50.0, 5.0)]
+    cases += [composition(text, epochs=12, test=TEST) for text in options.compositions]
     print(f"load of the machine at the start: {machine()['load_at_start']}")
     if "tpe" not in arms:
         print(

@@ -1,8 +1,9 @@
-"""What the search itself costs: one ask and one tell with a long history, surrogate on.
+"""What the search itself costs: one ask and one tell with a history, surrogate on.
 
-    python benchmarks/search_speed.py [--history 10000] [--rounds 500] [--pending 256] [--freeze]
+    python benchmarks/search_speed.py [--history 50 200 800 10000] [--rounds 500] [--pending 256]
+        [--freeze]
 
-The history is told without being timed; then rounds of one ask and one tell, with so many evaluations
+Each history is told without being timed; then rounds of one ask and one tell, with so many evaluations
 outstanding. Spaces: networks of three-dimensional convolutions, and plain parameters. Now and then
 Python's garbage collector looks at everything, 10,000 networks included: that is the worst case,
 unless they are frozen (``gc.freeze``).
@@ -82,22 +83,24 @@ def rounds(evolution: Evolution[Any], running: deque[int], count: int) -> np.nda
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--history", type=int, default=10_000)
+    parser.add_argument("--history", type=int, nargs="+", default=[10_000])
     parser.add_argument("--rounds", type=int, default=500)
     parser.add_argument("--pending", type=int, default=256)
     parser.add_argument(
         "--freeze", action="store_true", help="spare the history from Python's garbage collection"
     )
     options = parser.parse_args()
-    print("| space | mean ms | 99 % | worst |\n|---|---|---|---|")
-    for name, space in spaces().items():
-        evolution, running = grown(space, options.history, options.pending)
-        if options.freeze:
-            gc.collect()
-            gc.freeze()
-        spent = rounds(evolution, running, options.rounds)
-        cells = (spent.mean(), np.quantile(spent, 0.99), spent.max())
-        print(f"| {name} | " + " | ".join(f"{value:.1f}" for value in cells) + " |")
+    print("| space | history | median ms | mean | 99 % | worst |\n|---|---|---|---|---|---|")
+    for history in options.history:
+        for name, space in spaces().items():
+            evolution, running = grown(space, history, options.pending)
+            if options.freeze:
+                gc.collect()
+                gc.freeze()
+            spent = rounds(evolution, running, options.rounds)
+            cells = (np.median(spent), spent.mean(), np.quantile(spent, 0.99), spent.max())
+            figures = " | ".join(f"{value:.1f}" for value in cells)
+            print(f"| {name} | {history} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ are not run again. `search_rivals.py` makes such lines of other optimisers and c
 
 Arms: ``ours`` sees what every optimiser sees, named parameters; ``ours+graphs`` the networks behind
 them, where they are known (isomorphic ones are one, features are of the graph). The others lack one
-part each.
+part each, or have one that ships switched off.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ ARMS = {
     "without surrogate": Arm({"surrogate": False}),
     "without exploration": Arm({"exploration": 0.0}),
     "without crossover": Arm({"crossover": 0.0}),
+    "shares adapt": Arm({"adaptive": True}),
+    "oldest leaves": Arm({"replacement": "age"}),
+    "restarts": Arm({"patience": 30}),
+    "shares adapt, without surrogate": Arm({"surrogate": False, "adaptive": True}),
+    "oldest leaves, without surrogate": Arm({"surrogate": False, "replacement": "age"}),
+    "restarts, without surrogate": Arm({"surrogate": False, "patience": 30}),
     "random": Arm({"surrogate": False, "initial": EVALUATIONS}),
 }
 

@@ -12,6 +12,7 @@ from dmi_hpc import collectives
 from dmi_hpc.data.access import order_of
 from dmi_hpc.data.loader import Batch, Loader
 from dmi_hpc.job import Job
+from dmi_hpc.models.graphs import tensors_of
 
 # (rows of the global batch, rows of this rank's share that are no padding), and inputs, targets and
 # weights of the share
@@ -48,15 +49,15 @@ def _prepare(job: Job, batch: Batch) -> Prepared:
     """Runs in the loader's threads."""
     problem, task = job.problem, job.problem.task
     inputs = task.inputs(batch.fields)
-    if job.config.augment:
+    # graphs of distances have no symmetry that would change them
+    if job.config.augment and isinstance(inputs, np.ndarray):
         inputs = task.augment(inputs, batch.bits())
     arrays = {
-        "inputs": inputs,
         "targets": problem.scale.scale(problem.target(batch.fields)),
         "weights": batch.weights,
     }
     real = int(batch.weights.sum())
-    return (batch.stop - batch.start, real), {
+    return (batch.stop - batch.start, real), tensors_of(inputs) | {
         name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()
     }
 

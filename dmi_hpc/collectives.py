@@ -37,6 +37,7 @@ from dmi_hpc.errors import (
     RankLost,
     TrialFailure,
     counted,
+    together,
 )
 from dmi_hpc.heartbeat import Heartbeat, message
 from dmi_hpc.world import World, slurm_address
@@ -76,8 +77,9 @@ def group(world: World, device: torch.device) -> Iterator[None]:
     """
     timeout_s = knobs.collective_timeout_s()
     with TemporaryDirectory(prefix="dmi-rendezvous-") as folder:
-        url = f"file://{folder}/store" if world.size == 1 else _rendezvous(world)
-        store = _join(world, device, url, timeout_s)
+        alone = f"file://{folder}/store"
+        url, kept = (alone, None) if world.size == 1 else _rendezvous(world, timeout_s)
+        store = _join(world, device, url, timeout_s, kept)
         mpi = sys.modules.get("mpi4py.MPI")  # there if it made the rendezvous
         try:
             with (
@@ -89,12 +91,15 @@ def group(world: World, device: torch.device) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _join(world: World, device: torch.device, url: str, timeout_s: float) -> Any:
-    """Make the default process group; returns its store."""
+def _join(
+    world: World, device: torch.device, url: str, timeout_s: float, kept: TCPStore | None
+) -> Any:
+    """Make the default process group; returns its store. kept: that of `url`, if this rank has it."""
     timeout = timedelta(seconds=timeout_s)
-    store: Any = None
+    store: Any = kept
     try:
-        store, _, _ = next(iter(rendezvous(url, world.rank, world.size, timeout=timeout)))
+        if store is None:
+            store, _, _ = next(iter(rendezvous(url, world.rank, world.size, timeout=timeout)))
         store.set_timeout(timeout)
         store.set(f"joined/{world.rank}", "")
         dist.init_process_group(
@@ -196,44 +201,56 @@ def busy(place: str) -> Iterator[None]:
         yield
 
 
-def _rendezvous(world: World) -> str:
-    """Where several ranks meet: given, or agreed on through the launcher that started them."""
+def _rendezvous(world: World, timeout_s: float) -> tuple[str, TCPStore | None]:
+    """Where several ranks meet: given, or agreed on through the launcher that started them.
+
+    And the store there, on the rank that has opened it already.
+    """
     given = knobs.rendezvous()
     if given:
-        return given
+        return given, None
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        return "env://"
+        return "env://", None
     by_slurm = slurm_address(world, os.environ)
     if by_slurm:
-        return f"tcp://{by_slurm}"
+        return f"tcp://{by_slurm}", None
     if world.source in ("openmpi", "pmi"):
-        address = _free_address(world) if world.is_first else ""
-        return str(_mpi_comm(world).bcast(address, root=0))
+        return _by_mpi(world, _mpi_comm(world), timeout_s)
     raise LaunchError(
         f"{world.size} ranks (source: {world.source}) but no MASTER_ADDR and MASTER_PORT: set both "
         "to an address of the first node and a free port there."
     )
 
 
-def _free_address(world: World) -> str:
-    """A free port of this node: on loopback if all ranks are here, else on its first other address.
+def _by_mpi(world: World, comm: Any, timeout_s: float) -> tuple[str, TCPStore | None]:
+    """The first rank's store, at a port that the kernel gives it: no other job can come between."""
+    url, store = "", None
+    with together(comm.allgather):
+        if world.is_first:
+            host = _own_host(world)
+            timeout = timedelta(seconds=timeout_s)
+            store = TCPStore(host, 0, world.size, True, timeout, wait_for_workers=False)
+            url = f"tcp://{host}:{store.port}"
+    url = comm.bcast(url, root=0)
+    return url, store
+
+
+def _own_host(world: World) -> str:
+    """This node as all ranks can reach it: loopback if they are all here, else its first address.
 
     The host name is not asked: on Debian it resolves to 127.0.1.1, which other nodes cannot reach.
     """
-    host = "127.0.0.1"
-    if world.local_size < world.size:
-        found = [
-            address.address
-            for addresses in psutil.net_if_addrs().values()
-            for address in addresses
-            if address.family == socket.AF_INET and not address.address.startswith("127.")
-        ]
-        if not found:
-            raise LaunchError("several nodes, but this one has no address besides loopback")
-        host = found[0]
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return f"tcp://{host}:{probe.getsockname()[1]}"
+    if world.local_size == world.size:
+        return "127.0.0.1"
+    found = [
+        address.address
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family == socket.AF_INET and not address.address.startswith("127.")
+    ]
+    if not found:
+        raise LaunchError("several nodes, but this one has no address besides loopback")
+    return str(found[0])
 
 
 def sum_(values: torch.Tensor) -> torch.Tensor:

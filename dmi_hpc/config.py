@@ -12,6 +12,7 @@ import os
 import tomllib
 import typing
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -203,11 +204,33 @@ class SearchConfig(Config):
     population: int = Field(16, ge=2)
     initial: int = Field(16, ge=1, description="founders and random networks before breeding")
     surrogate: bool = Field(True, description="SVM screening of children")
+    adaptive: bool = Field(
+        False, description="kinds of change get their shares by what they lately brought"
+    )
+    replacement: Literal["worst", "age"] = Field(
+        "worst", description="who makes room in the population: the worst, or the oldest"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="results without improvement before a population of like ones restarts"
+    )
     least_epochs: int | None = Field(
         None, ge=1, description="a trial pauses after so many; only the best go on, up to `epochs`"
     )
+    rungs: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), description="or: a trial pauses after each of these, ascending; then trains to its end"
+    )
+    rung_unit: Literal["epochs", "samples", "seconds"] = Field(
+        "epochs", description="of `rungs`; a trial pauses after the epoch that reaches one"
+    )
     reduction: int = Field(3, ge=2, description="of so many trials that paused, one goes on")
-    inherit: bool = Field(False, description="a child begins with what fits of a parent's weights")
+    extrapolate: bool = Field(
+        False, description="who goes on is decided by the errors expected at the next rung"
+    )
+    inherit: bool = Field(
+        False,
+        description="a child begins with a parent's weights if they are worth it, and then trains half "
+        "of `epochs`",
+    )
     objectives: tuple[ObjectiveName, ...] = Field(
         ("error",), description="what is minimised: error, and costs to be traded for it"
     )
@@ -250,16 +273,30 @@ class SearchConfig(Config):
                 f"ranks = {self.ranks} with limits.latency_s: ranks measure different times and would "
                 "not agree on a network; leave out one of the two"
             )
-        if self.ranks > 1 and (self.least_epochs is not None or self.inherit):
+        if self.ranks > 1 and self.inherit:
             raise ValueError(
-                f"ranks = {self.ranks} with least_epochs or inherit: trials of several ranks neither "
-                "pause nor inherit; leave out one of the two"
+                f"ranks = {self.ranks} with inherit: trials of several ranks do not inherit; leave out "
+                "one of the two"
             )
-        if self.least_epochs is not None and len(self.objectives) > 1:
+        return self
+
+    @property
+    def pauses(self) -> bool:
+        """Whether trials pause at rungs."""
+        return self.least_epochs is not None or bool(self.rungs)
+
+    @model_validator(mode="after")
+    def _rungs_rise(self) -> SearchConfig:
+        if self.least_epochs is not None and self.rungs:
+            raise ValueError("least_epochs and rungs both say when trials pause; leave out one")
+        if any(a >= b for a, b in pairwise(self.rungs)):
+            raise ValueError(f"rungs are {', '.join(map(str, self.rungs))}; expected to rise")
+        if self.rungs and self.rung_unit == "epochs" and self.rungs[-1] >= self.epochs:
             raise ValueError(
-                "least_epochs with several objectives: trials that pause are compared by their "
-                "errors alone; leave out one of the two"
+                f"the last of rungs is {self.rungs[-1]:g}, expected fewer than epochs = {self.epochs}"
             )
+        if self.extrapolate and not self.pauses:
+            raise ValueError("extrapolate = true, but no trial pauses: set least_epochs or rungs")
         return self
 
 

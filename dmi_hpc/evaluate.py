@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from dmi_hpc import collectives
 from dmi_hpc.data.device import to_device
 from dmi_hpc.data.loader import Batch, Loader
+from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.ranges import Rows
 from dmi_hpc.data.reader import ShardSet
 from dmi_hpc.data.sampler import Order
+from dmi_hpc.models.graphs import Inputs, inputs_of, tensors_of
 from dmi_hpc.problem import Problem, TargetScale
 from dmi_hpc.tasks.base import Array, Fields, Task
 from dmi_hpc.world import World
@@ -139,9 +141,12 @@ class Predictor:
         self.module.eval()
         n = len(next(iter(fields.values())))
         outputs = [np.empty(0, dtype=np.float32)]
-        for start in range(0, n, self.batch_size):
-            part = {name: each[start : start + self.batch_size] for name, each in fields.items()}
-            outputs.append(self._output(self._inputs(part).to(self.device)).cpu().numpy())
+        # what refers to other fields is numbered over a batch by the loader, else over its row
+        size = 1 if any(isinstance(each, Ragged) for each in fields.values()) else self.batch_size
+        for start in range(0, n, size):
+            part = {name: _part(each, start, start + size) for name, each in fields.items()}
+            inputs = inputs_of(self._inputs(part)).to(self.device)
+            outputs.append(self._output(inputs).cpu().numpy())
         return self.scale.unscale(np.concatenate(outputs))
 
     @torch.no_grad()
@@ -174,16 +179,18 @@ class Predictor:
         )
         self.module.eval()
         for batch, tensors in to_device(loader.epoch(0), self.device):
-            yield self._predicted(batch, self._output(tensors["inputs"]), carry)
+            yield self._predicted(batch, self._output(inputs_of(tensors)), carry)
 
     def _prepare(self, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
-        return batch, {"inputs": self._inputs(batch.fields)}
+        return batch, self._inputs(batch.fields)
 
-    def _inputs(self, fields: Fields) -> Tensor:
-        inputs = np.ascontiguousarray(self.task.network_inputs(fields), dtype=np.float32)
-        return torch.from_numpy(inputs)
+    def _inputs(self, fields: Fields) -> dict[str, Tensor]:
+        made = self.task.network_inputs(fields)
+        return tensors_of(
+            made.astype(np.float32, copy=False) if isinstance(made, np.ndarray) else made
+        )
 
-    def _output(self, inputs: Tensor) -> Tensor:
+    def _output(self, inputs: Inputs) -> Tensor:
         output: Tensor = self.module(inputs)
         return output.squeeze(1).float()
 
@@ -214,3 +221,8 @@ def evaluate_rows(
     for part in predictor.of_rows(problem.shards, rows, world, carry=(target,), threads=threads):
         scorer.update(part.values, problem.target(part.fields))
     return scorer.scores(lambda sums: collectives.sum_(sums.to(predictor.device)).cpu())
+
+
+def _part(values: Any, start: int, stop: int) -> Any:
+    """Some of the rows."""
+    return values.take(np.arange(start, stop)) if isinstance(values, Ragged) else values[start:stop]

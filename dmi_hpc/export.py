@@ -29,6 +29,7 @@ from dmi_hpc.config import Config
 from dmi_hpc.errors import CheckpointError, DataError, FormatVersionError, RunError
 from dmi_hpc.files import atomic_folder, write_json, write_text
 from dmi_hpc.models.build import build
+from dmi_hpc.models.graphs import Inputs, nominal_graphs
 from dmi_hpc.models.spec import NetworkSpec
 from dmi_hpc.problem import TargetScale
 from dmi_hpc.run import versions
@@ -91,6 +92,11 @@ def export(model: Model, out: Path, kind: Format) -> Export:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: expected a new or empty folder; choose another --out")
+    if kind != "safetensors" and model.network.graph is not None:
+        raise RunError(
+            f"a network of graphs cannot be exported as {kind} yet: choose safetensors, which DMI-HPC "
+            "reads back, or use the checkpoint"
+        )
     network = copy.deepcopy(model.module).cpu().eval()
     with atomic_folder(out) as folder:
         path = folder / FILES[kind]
@@ -117,7 +123,9 @@ def export(model: Model, out: Path, kind: Format) -> Export:
     return spec
 
 
-def _example(model: Model, rows: int) -> Tensor:
+def _example(model: Model, rows: int) -> Inputs:
+    if model.network.graph is not None:
+        return nominal_graphs(model.network, rows)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(rows, *model.network.input_shape, generator=generator)
 
@@ -226,7 +234,7 @@ def _onnx_outputs(folder: Path, inputs: Tensor) -> Array:
     return np.asarray(session.run(["prediction"], {"inputs": inputs.numpy()})[0])
 
 
-_OUTPUTS: Mapping[Format, Callable[[Path, Tensor], Array]] = {
+_OUTPUTS: Mapping[Format, Callable[[Path, Any], Array]] = {
     "safetensors": _safetensors_outputs,
     "torch": _torch_outputs,
     "onnx": _onnx_outputs,
@@ -299,11 +307,14 @@ def _readme(spec: Export, model: Model) -> str:
         unscaled=f"exp({scaled})" if spec.scale.transform == "log" else scaled,
     )
     preparation = inspect.getdoc(type(model.task).inputs) or "see the task"
+    shape = f"float32, ({', '.join(map(str, ('n', *spec.network.input_shape)))})"
+    if spec.network.graph is not None:
+        shape = "dmi_hpc.models.graphs.Graphs of n graphs"
     return f"""\
 {spec.quantity} ({unit}), predicted by a network of task {spec.task["name"]}.
 DMI-HPC {spec.versions["dmi-hpc"]}, checkpoint {spec.checkpoint}, data set {spec.data or "not recorded"}.
 
-Inputs of the network: float32, ({", ".join(map(str, ("n", *spec.network.input_shape)))}), any n.
+Inputs of the network: {shape}, any n.
 The task makes them from {", ".join(spec.input_fields)}; that step is not in the network:
 {textwrap.indent(preparation, "    ")}
 

@@ -146,7 +146,7 @@ def _check_inputs(task: Task, shards: ShardSet, row: Array) -> None:
         made = task.network_inputs(shards.fields(task.input_fields, row))
     except DataError as error:
         raise DataError(f"{shards.path}: {error}") from error
-    if made.dtype != np.float32:
+    if isinstance(made, np.ndarray) and made.dtype != np.float32:
         names = ", ".join(task.input_fields)
         raise DataError(
             f"{shards.path}: inputs of task {task.name}: expected float32, found {made.dtype} from "

@@ -31,6 +31,7 @@ from dmi_hpc.job import Counters, Epoch, Job, Observer, Result
 from dmi_hpc.meters import NoiseScale, Step
 from dmi_hpc.models.build import build
 from dmi_hpc.models.cost import cost
+from dmi_hpc.models.graphs import inputs_of
 from dmi_hpc.saving import Saver, restore
 from dmi_hpc.schedule import drops_after, learning_rate
 from dmi_hpc.transfer import freeze, start_from, train_mode
@@ -213,14 +214,14 @@ class _Training:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._rate * group["lr_scale"]
-        share = len(tensors["targets"])
+        share, given = len(tensors["targets"]), inputs_of(tensors)
         parts = micro_batches(share, real, self.config.accumulation)
         losses = []
         for number, part in enumerate(parts, 1):
             whole = part == slice(0, share)
-            inputs, targets, weights = (
-                each if whole else each[part]
-                for each in (tensors["inputs"], tensors["targets"], tensors["weights"])
+            inputs = given if whole else given[part]
+            targets, weights = (
+                each if whole else each[part] for each in (tensors["targets"], tensors["weights"])
             )
             with statistics_untouched(self.engine.module, rows=part.stop - part.start):
                 output = self.engine(inputs).squeeze(1)
@@ -258,7 +259,8 @@ class _Training:
                 job.problem,
                 module,
                 job.problem.shards.rows("validation"),
-                self.config.batch_size,
+                # no more rows at once than a step computes: memory may not hold them
+                -(-self.config.batch_size // self.config.accumulation),
                 job.world,
                 threads=self.config.loader_threads,
             )

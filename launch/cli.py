@@ -11,6 +11,7 @@ import typer
 from dmi_hpc.cli.options import Out, RecipeFile, new_app, recipe_of
 from dmi_hpc.config import Recipe
 from dmi_hpc.errors import LaunchError
+from dmi_hpc.watch import stop_on_signals
 from launch.cluster import Job, run
 
 app = new_app()
@@ -32,11 +33,12 @@ def launch(
     """
     if stage not in (*STAGES, "all"):
         raise LaunchError(f"no stage '{stage}'; stages: {', '.join((*STAGES, 'all'))}")
-    loaded = recipe_of(recipe)
-    folder = (out or Path("runs") / loaded.name).resolve()
-    count = ranks or ranks_of(loaded)
-    for name in stages_of(loaded) if stage == "all" else (stage,):
-        run(job_of(name, recipe, folder, count))
+    with stop_on_signals() as stop:
+        loaded = recipe_of(recipe)
+        folder = (out or Path("runs") / loaded.name).resolve()
+        count = ranks or ranks_of(loaded)
+        for name in stages_of(loaded) if stage == "all" else (stage,):
+            run(job_of(name, recipe, folder, count), stop)
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:

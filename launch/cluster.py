@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import NoReturn
 
 from dmi_hpc import knobs
 from dmi_hpc.errors import EXIT_INTERRUPTED, LaunchError
 from dmi_hpc.files import writing
-from dmi_hpc.watch import StopFlag, stop_on_signals
+from dmi_hpc.watch import StopFlag
 
 GRACE_S = 30.0  # for a checkpoint after a signal, before a rank is killed
 POLL_S = 0.1
@@ -60,29 +61,34 @@ def command_line(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-P", "-m", "dmi_hpc", *arguments]
 
 
-def run(job: Job) -> None:
-    """Run `job` to its end.
+def run(job: Job, stop: StopFlag) -> None:
+    """Run `job` to its end, or not at all if `stop` is set already.
 
     Raises LaunchError naming the rank that failed first and the end of its log, and
     SystemExit(75) if the job was stopped by a signal: the same call continues it.
     """
+    if stop:
+        _leave()
     with writing(job.logs.parent):
         job.logs.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix="dmi-job-"))
     try:
-        with stop_on_signals() as stop:
-            processes = [_start(job, rank, f"file://{folder}/store") for rank in range(job.ranks)]
-            try:
-                failed = _wait(processes, stop)
-            finally:
-                _end(processes, signal.SIGKILL)
+        processes = [_start(job, rank, f"file://{folder}/store") for rank in range(job.ranks)]
+        try:
+            failed = _wait(processes, stop)
+        finally:
+            _end(processes, signal.SIGKILL)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if failed is not None:
         raise LaunchError(_explain(job, failed, int(processes[failed].returncode)))
     if stop or EXIT_INTERRUPTED in (process.returncode for process in processes):
-        sys.stderr.write("launch stopped: finished parts are kept; the same dmi launch continues\n")
-        sys.exit(EXIT_INTERRUPTED)
+        _leave()
+
+
+def _leave() -> NoReturn:
+    sys.stderr.write("launch stopped: finished parts are kept; the same dmi launch continues\n")
+    sys.exit(EXIT_INTERRUPTED)
 
 
 def _start(job: Job, rank: int, rendezvous: str) -> subprocess.Popen[bytes]:

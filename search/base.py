@@ -33,6 +33,10 @@ class Space(Protocol[G]):
     def stepped(self, parent: G, rng: np.random.Generator) -> G:
         """A near neighbour: the structure stays, at least one gene moves by a small step."""
 
+    def restructured(self, parent: G, rng: np.random.Generator) -> G:
+        """A child of one parent whose structure changes: parts come, go or move, kinds are others;
+        anything in a space that has no structure."""
+
     def identity(self, genome: G) -> str:
         """Equal for genomes that mean the same, isomorphic ones included (xxh3-128, hex)."""
 

@@ -92,11 +92,6 @@ def search(
     if island is not None:
         require_name(island)
     run = _run_of(recipe, out)
-    if island is not None and run.recipe.search.least_epochs is not None:
-        raise RunError(
-            "--island with [search] least_epochs: islands do not know how far the others' trials came; "
-            "leave out one of the two"
-        )
     folder = home(run.search, island or MAIN)
     exists = (folder / JOURNAL).exists()
     if exists and not resume:

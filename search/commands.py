@@ -184,7 +184,7 @@ def export(
 ) -> None:
     """Write the recipe that trains the best network of RUN: what `dmi train` takes."""
     from dmi_hpc.tasks import make_task
-    from search.results.recipes import to_toml, training_recipe
+    from search.results.recipes import to_toml, trained_with, training_recipe
     from search.spaces.genome import decode, from_json
     from search.spaces.recipe import recipe_space
 
@@ -194,8 +194,9 @@ def export(
     genome = from_json(found.genome)
     recipe = opened.recipe
     layers = decode(genome, recipe_space(recipe, make_task(recipe.task)).network)
+    hyper = trained_with(genome, found.metrics)
     text = to_toml(
-        training_recipe(recipe, opened.data, layers, dict(genome.hyper), recipe.seed).model_copy(
+        training_recipe(recipe, opened.data, layers, hyper, recipe.seed).model_copy(
             update={"name": f"{recipe.name}-{found.name.replace(':', '-')}"}
         )
     )

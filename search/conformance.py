@@ -36,6 +36,7 @@ class SpaceConformance(ABC):
                 space.mutated(first, rng),
                 space.stepped(first, rng),
                 space.crossed(first, second, rng),
+                space.restructured(second, rng),
             )
             genomes += made
         return genomes
@@ -52,6 +53,7 @@ class SpaceConformance(ABC):
             before = json.dumps(space.to_json(genome))
             space.mutated(genome, rng)
             space.stepped(genome, rng)
+            space.restructured(genome, rng)
             space.crossed(genome, space.random(rng), rng)
             assert json.dumps(space.to_json(genome)) == before
 
@@ -71,7 +73,7 @@ class SpaceConformance(ABC):
         """Most of the time: a repair may undo a change."""
         space, rng = self.make_space(), np.random.default_rng(4)
         genomes = self.make_genomes(space)
-        for operator in (space.mutated, space.stepped):
+        for operator in (space.mutated, space.stepped, space.restructured):
             changed = [space.identity(operator(g, rng)) != space.identity(g) for g in genomes]
             assert np.mean(changed) > 0.5, operator
 

@@ -12,11 +12,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
-from dmi_hpc.config import Recipe, SearchConfig, TrainConfig
+from dmi_hpc.config import Recipe, SearchConfig, TrainConfig, with_train
 from dmi_hpc.data.manifest import require_identity
+from dmi_hpc.deadline import End
 from dmi_hpc.errors import TRANSIENT, RunError
 from dmi_hpc.files import write_json
 from dmi_hpc.models.space import HyperValue, SearchSpace
@@ -68,8 +70,9 @@ class Driver:
         self.island = self._start.island
         self.space, self._search, self._limit_s = space, folder, search.time_limit_s
         self.folder = home(folder, self.island)
-        self.evolution = _evolution(recipe, space, self.island)
-        self._objectives = search.objectives
+        self._networks = _networks(recipe, space)
+        self.evolution = _evolution(recipe, self._networks, self.island)
+        self._objectives, self.rung_unit = search.objectives, search.rung_unit
         self.halving = Halving(self.evolution, _rungs(search))
         self._inherit, self._kept = search.inherit, Kept(self.folder)
         self.progress = Progress(search.evaluations)
@@ -81,7 +84,10 @@ class Driver:
         self.journal = Journal(self.folder / JOURNAL)
         if self.journal.path.exists():
             self._continue()
-        self._islands = Islands(folder, self.island, self.evolution, data)
+        self._pauses_at = (
+            [search.rung_unit, *self.halving.rungs.budgets[:-1]] if search.pauses else []
+        )
+        self._islands = Islands(folder, self.island, self.halving, data, self._pauses_at)
         told = [o for number, o in self.evolution.outcomes.items() if number >= 0]
         self.progress.finished = len(told)
         self._new_ones: set[int] = set()  # that run: not those that paused and go on
@@ -112,6 +118,7 @@ class Driver:
         record = {"workers": workers, "trial_memory_GB": trial_memory_GB, **(facts or {})}
         record["evaluations"] = self.progress.budget
         record["objectives"] = list(self._objectives)
+        record["rungs"] = self._pauses_at
         if self.journal.path.exists():
             constants = self.evolution.config.model_dump(mode="json", exclude={"seed"})
             self.journal.resumed({**constants, **record})
@@ -120,6 +127,7 @@ class Driver:
             self.journal = Journal.create(self.journal.path, self.evolution, record)
             self._plant()
         self._started = True
+        self._networks.memory_bytes = trial_memory_GB * 1e9
         self.progress.workers = workers
         self.attend()
 
@@ -223,8 +231,9 @@ class Driver:
                     self._new_ones.add(proposal.id)
                 self.progress.running += 1
                 return proposal
-            self.journal.tell(proposal.id, known.outcome, 0.0, {"evaluated_as": known.name})
-            self.halving.tell(proposal.id, known.outcome)
+            metrics = {"evaluated_as": known.name, "curve": known.curve}
+            self.journal.tell(proposal.id, known.outcome, 0.0, metrics)
+            self.halving.tell(proposal.id, known.outcome, known.curve, waits=False)
         return None
 
     def _interrupted(self, worker: str) -> Stage[Genome] | None:
@@ -253,14 +262,14 @@ class Driver:
             self.journal.ask(stage.proposal, to_json(stage.proposal.genome))
         return stage
 
-    def assignment(self, number: int) -> Assignment | None:
-        """How far proposal `number` is to be trained now, and from what; None: in one go."""
+    def assignment(self, number: int, end: End | None = None) -> Assignment:
+        """How far proposal `number` is to be trained now, and from what. end: of the time for it."""
         rungs, stage = self.halving.rungs, self.halving.stage(number)
-        if not (rungs.top or self._inherit):
-            return None
         parents = stage.proposal.parents if self._inherit else ()
-        goal = Goal(rungs.budgets[stage.rung]) if stage.rung < rungs.top else None
-        return Assignment(number, goal, parents)
+        goal = None
+        if stage.rung < rungs.top:
+            goal = Goal(rungs.budgets[stage.rung], self.rung_unit)
+        return Assignment(number, goal, parents, bool(rungs.top or self._inherit), end)
 
     def finished(self, number: int, outcome: TrialOutcome, worker: str = "") -> None:
         """Record the outcome of proposal `number`, that `worker` brought.
@@ -292,9 +301,13 @@ class Driver:
 
     def _record(self, number: int, outcome: TrialOutcome) -> None:
         told, rung = outcome.told, self.halving.stage(number).rung
-        metrics = {**outcome.metrics, "rung": rung} if self.halving.rungs.top else outcome.metrics
+        metrics: dict[str, Any] = dict(outcome.metrics)
+        if self.halving.rungs.top:
+            metrics["rung"] = rung
+        if outcome.curve:
+            metrics["curve"] = outcome.curve
         self.journal.tell(number, told, outcome.seconds, metrics)
-        self.halving.tell(number, told)
+        self.halving.tell(number, told, outcome.curve)
         p = self.progress
         p.running -= 1
         p.busy_s += outcome.seconds
@@ -303,11 +316,13 @@ class Driver:
             p.finished, p.session_finished = p.finished + 1, p.session_finished + 1
         if isinstance(told, Failure):
             p.failures[told.kind] += 1
-        self._tidy()
+        self._tidy(number)
 
-    def _tidy(self) -> None:
-        """On disk stay checkpoints of what runs or will go on soon, and weights to inherit."""
+    def _tidy(self, number: int) -> None:
+        """On disk stay checkpoints of what runs or will go on soon, and weights to inherit; `number`
+        has just ended."""
         if not (self.halving.rungs.top or self._inherit):
+            self._kept.forget(number)
             return
         running = {stage.proposal.id for stage in self.halving.pending()}
         parents = {parent for n in running for parent in self.evolution.proposals[n].parents}
@@ -352,7 +367,7 @@ class Driver:
 
     def _described(self, number: int, fitness: float) -> dict[str, Any]:
         """A network of this search, or of the island that it came from, as plain data."""
-        proposal = self.evolution.proposals[number]
+        proposal, hyper = self.evolution.proposals[number], self._trained_with(number)
         island, number = self._home_of(number)
         return {
             "id": number,
@@ -361,35 +376,57 @@ class Driver:
             "parents": list(proposal.parents),
             "genome": to_json(proposal.genome),
             "network": decode(proposal.genome, self.space.network).model_dump(mode="json"),
-            "hyper": dict(proposal.genome.hyper),
+            "hyper": hyper,
             "data": self._data,
             **({} if island == MAIN else {"island": island}),
         }
 
+    def _trained_with(self, number: int) -> dict[str, Any]:
+        """Its hyper-parameters, and the parts its batches were computed in if memory wanted them."""
+        told = (e for e in self.journal.events() if e["event"] == "tell" and e["id"] == number)
+        parts = {int(e["metrics"]["accumulation"]) for e in told if "accumulation" in e["metrics"]}
+        hyper = dict(self.evolution.proposals[number].genome.hyper)
+        return {**hyper, "accumulation": max(parts)} if parts else hyper
 
-def _evolution(recipe: Recipe, space: SearchSpace, island: str) -> Evolution[Genome]:
-    search, defaults = recipe.search, founder_defaults(space, recipe.train)
+
+def _networks(recipe: Recipe, space: SearchSpace) -> Networks:
+    search = recipe.search
+    usual = with_train(recipe, search.train, where="search.train")
+    return Networks(
+        space,
+        founder_defaults(space, recipe.train),
+        max_flops=search.max_flops,
+        limits=search.limits,
+        batch_size=usual.batch_size,
+        accumulation=usual.accumulation,
+        ranks=search.ranks,
+    )
+
+
+def _evolution(recipe: Recipe, networks: Networks, island: str) -> Evolution[Genome]:
+    search = recipe.search
     return Evolution(
-        Networks(
-            space,
-            defaults,
-            max_flops=search.max_flops,
-            limits=search.limits,
-            batch_size=recipe.train.batch_size,
-        ),
+        networks,
         EvolutionConfig(
             seed=island_seed(recipe.seed, island),
             population=search.population,
             initial=search.initial,
             surrogate=search.surrogate,
+            adaptive=search.adaptive,
+            replacement=search.replacement,
+            patience=search.patience,
         ),
     )
 
 
 def _rungs(search: SearchConfig) -> Rungs:
-    if search.least_epochs is None:
-        return Rungs((search.epochs,), search.reduction)
-    return Rungs(ladder(search.least_epochs, search.epochs, search.reduction), search.reduction)
+    """The last one is the whole training, whatever that is in the unit of the others."""
+    budgets: tuple[float, ...] = (*search.rungs, inf)
+    if search.least_epochs is not None:
+        budgets = ladder(search.least_epochs, search.epochs, search.reduction)
+    elif search.rung_unit == "epochs":
+        budgets = (*search.rungs, search.epochs)
+    return Rungs(budgets, search.reduction, extrapolate=search.extrapolate)
 
 
 def founder_defaults(space: SearchSpace, train: TrainConfig) -> dict[str, HyperValue]:

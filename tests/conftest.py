@@ -18,7 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 @pytest.fixture(autouse=True)
 def usual_signals() -> Iterator[None]:
-    """Signals as a terminal has them: in the background, or under nohup, some are ignored."""
+    """Signals as a terminal has them: in the background, or under nohup, some are ignored.
+
+    And none is blocked: a command called in this process leaves that to its end, which is not ours,
+    and what is started later would inherit it.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield

@@ -25,6 +25,8 @@ from searching.rivals import ARMS, Random
 from searching.structure import plain
 from searching.tables import EPOCHS, LCBENCH, NOISE, LCBench, Optimiser, Problem, Values
 
+LEAST_ERROR = 1e-3  # per cent
+
 Curve = Callable[[Mapping[str, Value]], tuple[Values, float]]
 
 
@@ -45,8 +47,8 @@ class Trainer(Protocol):
     def goes_on(self, token: Any, epoch: int, score: float) -> bool:
         """Called after each epoch but the last of a stage, whether to train on."""
 
-    def tell(self, token: Any, epoch: int, best: float) -> None:
-        """A stage ended; best: highest score of the trial at any of its epochs up to `epoch`."""
+    def tell(self, token: Any, epoch: int, scores: Values) -> None:
+        """A stage ended; scores: of the trial at all its epochs, (epoch,)."""
 
 
 class ToTheEnd:
@@ -63,8 +65,8 @@ class ToTheEnd:
     def goes_on(self, token: Any, epoch: int, score: float) -> bool:
         return True
 
-    def tell(self, token: Any, epoch: int, best: float) -> None:
-        self._optimiser.tell(token, best)
+    def tell(self, token: Any, epoch: int, scores: Values) -> None:
+        self._optimiser.tell(token, float(scores.max()))
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,20 @@ class RayASHA:
         decision = self._scheduler.on_trial_result(None, token, result)
         return bool(decision == self._scheduler.CONTINUE)
 
-    def tell(self, token: Any, epoch: int, best: float) -> None:
+    def tell(self, token: Any, epoch: int, scores: Values) -> None:
         pass  # the rungs have it, and the draws are independent
 
 
 class OursWithRungs:
     """Evolution under `search.evolution.fidelity.Halving`: trials pause at rungs, and some go on."""
 
-    def __init__(self, problem: Problem, seed: int, *, rungs: tuple[int, ...]) -> None:
+    def __init__(
+        self, problem: Problem, seed: int, *, rungs: tuple[int, ...], extrapolate: bool = False
+    ) -> None:
         space, self._config = plain(problem)
         self._budgets = rungs
         evolution = Evolution(space, EvolutionConfig(seed=seed))
-        self._halving = Halving(evolution, Rungs(rungs, REDUCTION))
+        self._halving = Halving(evolution, Rungs(rungs, REDUCTION, extrapolate=extrapolate))
 
     def ask(self) -> Stage:
         stage = self._halving.ask()
@@ -119,8 +123,9 @@ class OursWithRungs:
     def goes_on(self, token: Any, epoch: int, score: float) -> bool:
         return True
 
-    def tell(self, token: Any, epoch: int, best: float) -> None:
-        self._halving.tell(token, Success(-best))
+    def tell(self, token: Any, epoch: int, scores: Values) -> None:
+        errors = np.maximum(100 - scores, LEAST_ERROR)  # per cent; the surrogate may exceed 100
+        self._halving.tell(token, Success(float(errors.min())), errors.tolist())
 
 
 def race_epochs(
@@ -152,7 +157,7 @@ def race_epochs(
         if epoch < stage.last and trainer.goes_on(stage.token, epoch, score):
             heapq.heappush(running, (now + seconds, number, epoch + 1))
         else:
-            trainer.tell(stage.token, epoch, float(scores[:epoch].max()))
+            trainer.tell(stage.token, epoch, scores[:epoch])
         spent += time.perf_counter() - begin
     return np.array(best), spent
 
@@ -191,6 +196,10 @@ EPOCH_ARMS: Mapping[str, Callable[[Problem, int], Trainer]] = {
     "ours, rungs": partial(OursWithRungs, rungs=ladder(1, EPOCHS, REDUCTION)),  # as ASHA's
     "ours, rungs 6 18": partial(OursWithRungs, rungs=(6, 18, EPOCHS)),
     "ours, rungs 13": partial(OursWithRungs, rungs=(13, EPOCHS)),
+    "ours, rungs 6 18, extrapolated": partial(
+        OursWithRungs, rungs=(6, 18, EPOCHS), extrapolate=True
+    ),
+    "ours, rungs 13, extrapolated": partial(OursWithRungs, rungs=(13, EPOCHS), extrapolate=True),
 }
 
 

@@ -82,7 +82,7 @@ def main() -> None:
         check_install()
         if arguments[0] not in COMMANDS:
             raise DMIError(f"no command '{arguments[0]}'; commands: {', '.join(COMMANDS)}")
-        if arguments[0] == "train":  # until its own handlers stand: its imports take a while
+        if arguments[0] in ("train", "launch"):  # until their own handlers stand: imports take long
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         app = importlib.import_module(COMMANDS[arguments[0]][0]).app
         app(arguments[1:], prog_name=f"dmi {arguments[0]}")

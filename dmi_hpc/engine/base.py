@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from dmi_hpc.models.graphs import Inputs
+
 
 @dataclass(frozen=True)
 class Update:
@@ -54,7 +56,7 @@ class Engine(Protocol):
     def module(self) -> nn.Module:
         """The bare network; at ZeRO stage 3 its weights are there within ``whole`` only."""
 
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
         """Output of the network in float32, whatever it computes in."""
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:

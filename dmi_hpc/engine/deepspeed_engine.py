@@ -20,6 +20,7 @@ from dmi_hpc.engine.library import import_deepspeed
 from dmi_hpc.engine.network import Network
 from dmi_hpc.engine.optimizers import make_optimizer, set_state, state_by_name, trainable
 from dmi_hpc.engine.partitions import Partitions
+from dmi_hpc.models.graphs import Inputs
 from dmi_hpc.world import World
 
 
@@ -61,7 +62,7 @@ class DeepSpeedEngine:
     def module(self) -> nn.Module:
         return self._bare
 
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
         output: torch.Tensor = self._engine(inputs)
         return output
 

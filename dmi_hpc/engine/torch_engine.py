@@ -25,6 +25,7 @@ from dmi_hpc.engine.gradients import (
 )
 from dmi_hpc.engine.network import Network
 from dmi_hpc.engine.optimizers import make_optimizer, set_state, state_by_name, trainable
+from dmi_hpc.models.graphs import Inputs
 from dmi_hpc.world import World
 
 
@@ -54,7 +55,7 @@ class TorchEngine:
     def module(self) -> nn.Module:
         return self._bare
 
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
         output: torch.Tensor = self._model(inputs)
         return output
 

@@ -8,14 +8,27 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from dmi_hpc.models.graphs import (
+    GatedConv,
+    GraphNetwork,
+    GraphRow,
+    NodeBranches,
+    NodeNorm,
+    NodeReadout,
+    NodeSkip,
+    PlainConv,
+)
 from dmi_hpc.models.spec import (
     Activation,
     ActivationName,
     Conv,
     Dense,
     Dropout,
+    GraphConv,
+    GraphReadout,
     Layer,
     NetworkSpec,
+    NodeShape,
     Norm,
     Parallel,
     Pool,
@@ -46,6 +59,7 @@ _ACTIVATION: dict[ActivationName, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
+    "softplus": nn.Softplus,
 }
 GROUP_CHANNELS = 8
 
@@ -99,24 +113,27 @@ class RecurrentLayer(nn.Module):
 
 
 def build(spec: NetworkSpec) -> nn.Sequential:
-    """Module of `spec`: (N, *input_shape) float -> (N, outputs), or (N, outputs, *extents) of a map.
+    """Module of `spec`: (N, *input_shape) float -> (N, outputs), or (N, outputs, *extents) of a map;
+    `Graphs` of N graphs -> (N, outputs).
 
     One child for each layer, then the head. Weights come from torch's global generator: seed it
     first. Raises NetworkError if the layers cannot follow each other.
     """
-    last = (spec.input_shape, *shapes(spec))[-1]
+    last = (spec.enters, *shapes(spec))[-1]
     head: nn.Module
     if spec.map_output:
         head = _CONV[len(last) - 1](last[0], spec.outputs, 1)
     else:
         head = nn.Linear(prod(last), spec.outputs)
-    return nn.Sequential(*_row(spec.layers, spec.input_shape), head)
+    row = _row(spec.layers, spec.enters)
+    return nn.Sequential(*row, head) if spec.graph is None else GraphNetwork(*row, head)
 
 
 def _row(layers: Sequence[Layer], shape: Shape) -> nn.Sequential:
     """Modules of `layers` in a row; without any, the identity."""
     befores = (shape, *shapes_after(layers, shape))
-    return nn.Sequential(*(_module(layer, befores[i]) for i, layer in enumerate(layers)))
+    modules = (_module(layer, befores[i]) for i, layer in enumerate(layers))
+    return GraphRow(*modules) if isinstance(shape, NodeShape) else nn.Sequential(*modules)
 
 
 def groups_of(channels: int) -> int:
@@ -140,9 +157,9 @@ def _module(layer: Layer, shape: Shape) -> nn.Module:
         case Pool():
             return (_MAX if layer.op == "max" else _MEAN)[axes](layer.size)
         case Norm():
-            if layer.op == "batch":
-                return _BATCH[axes](channels)
-            return nn.GroupNorm(groups_of(channels), channels)
+            if layer.op == "group":
+                return nn.GroupNorm(groups_of(channels), channels)
+            return NodeNorm(channels) if isinstance(shape, NodeShape) else _BATCH[axes](channels)
         case Activation():
             return _ACTIVATION[layer.function]()
         case Dropout():
@@ -160,18 +177,36 @@ def _module(layer: Layer, shape: Shape) -> nn.Module:
                 cell(channels, layer.units, batch_first=True, bidirectional=layer.bidirectional),
                 last=layer.last,
             )
+        case GraphConv():
+            assert isinstance(shape, NodeShape), shape
+            return _graph_conv(layer, channels, shape.graph.edge_features)
+        case GraphReadout():
+            return NodeReadout(layer.op)
         case Residual():
             after = shape_after(layer.layers, shape)
+            if isinstance(shape, NodeShape):
+                return NodeSkip(_row(layer.layers, shape), _projection(shape, after))
             return SkipConnection(_row(layer.layers, shape), _projection(shape, after))
         case Parallel():
             branches = [_row(branch, shape) for branch in layer.branches]
-            return Branches(branches, concat=layer.merge == "concat")
+            kind = NodeBranches if isinstance(shape, NodeShape) else Branches
+            return kind(branches, concat=layer.merge == "concat")
+
+
+def _graph_conv(layer: GraphConv, channels: int, edge_features: int) -> nn.Module:
+    if layer.op != "gated":
+        return PlainConv(channels, edge_features, layer.channels, mean=layer.op == "mean")
+    norm: nn.Module | None = None
+    if layer.norm is not None:
+        wide = 2 * layer.channels
+        norm = NodeNorm(wide) if layer.norm == "batch" else nn.GroupNorm(groups_of(wide), wide)
+    return GatedConv(channels, edge_features, layer.channels, norm)
 
 
 def _projection(before: Shape, after: Shape) -> nn.Module:
     if before == after:
         return nn.Identity()
-    if len(before) == 1:
+    if len(before) == 1 or isinstance(before, NodeShape):
         return nn.Linear(before[0], after[0], bias=False)
     stride = projection_stride(before, after)
     return _CONV[len(before) - 1](before[0], after[0], 1, stride=stride, bias=False)

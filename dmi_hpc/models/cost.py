@@ -12,8 +12,11 @@ from dmi_hpc.models.spec import (
     Conv,
     Dense,
     Dropout,
+    GraphConv,
+    GraphReadout,
     Layer,
     NetworkSpec,
+    NodeShape,
     Norm,
     Parallel,
     Pool,
@@ -27,8 +30,8 @@ from dmi_hpc.models.spec import (
 )
 
 BYTES = 4  # fp32
-# weights, gradients, two Adam moments
-STATES_PER_PARAMETER = 4
+# weights, gradients, two Adam moments, and one more: what is computed with them needs a copy
+STATES_PER_PARAMETER = 5
 # an activation and its gradient live at once; convolutions work on a padded copy
 COPIES_PER_ACTIVATION = 3
 # gates and states that a recurrent unit keeps of each step (oneDNN's LSTM on CPUs keeps about 60)
@@ -46,8 +49,19 @@ class Cost:
 
     def memory_bytes(self, batch_size: int) -> int:
         """Estimated memory of training with Adam in fp32 (weights, moments, activations)."""
-        state = self.parameters * STATES_PER_PARAMETER
-        return BYTES * (state + self.activations * COPIES_PER_ACTIVATION * batch_size)
+        return self._state_bytes + self._row_bytes * batch_size
+
+    def rows_within(self, limit_bytes: float) -> int:
+        """The largest batch whose training fits into `limit_bytes`; 0 if none does."""
+        return int(max(0.0, (limit_bytes - self._state_bytes) // self._row_bytes))
+
+    @property
+    def _state_bytes(self) -> int:
+        return BYTES * STATES_PER_PARAMETER * self.parameters
+
+    @property
+    def _row_bytes(self) -> int:
+        return BYTES * COPIES_PER_ACTIVATION * self.activations
 
 
 def cost(spec: NetworkSpec) -> Cost:
@@ -57,8 +71,8 @@ def cost(spec: NetworkSpec) -> Cost:
     Raises NetworkError if the layers cannot follow each other.
     """
     afters = shapes(spec)
-    weights, uses, activations = _row(spec.layers, spec.input_shape, afters)
-    head_weights, head_uses = _head(spec, (spec.input_shape, *afters)[-1])
+    weights, uses, activations = _row(spec.layers, spec.enters, afters)
+    head_weights, head_uses = _head(spec, (spec.enters, *afters)[-1])
     return Cost(
         weights + head_weights,
         2 * (uses + head_uses),
@@ -72,8 +86,8 @@ def training_flops(spec: NetworkSpec) -> int:
     Nobody asks for the gradient by the network's inputs: the first layers with weights have one less.
     Work done twice to save memory (activation checkpointing) does not count.
     """
-    shape = (spec.input_shape, *shapes(spec))[-1]
-    first, graded = _ungraded(spec.layers, spec.input_shape, graded=False)
+    shape = (spec.enters, *shapes(spec))[-1]
+    first, graded = _ungraded(spec.layers, spec.enters, graded=False)
     if not graded:
         first += _head(spec, shape)[1]
     return 3 * cost(spec).flops - 2 * first
@@ -91,11 +105,16 @@ def _layer(layer: Layer, before: Shape, after: Shape) -> tuple[int, int, int]:
     match layer:
         case Pool() | Upsample() | Activation() | Dropout() | Readout():
             return 0, 0, size
+        case GraphReadout():
+            return 0, 0, size
+        case GraphConv():
+            assert isinstance(before, NodeShape), before
+            return _graph_conv(layer, before)
         case Conv():
             kernel = before[0] * layer.kernel ** (len(before) - 1)
             return layer.filters * (kernel + 1), kernel * size, size
         case Dense():
-            return layer.units * (before[0] + 1), layer.units * before[0], size
+            return layer.units * (before[0] + 1), before[0] * size, size
         case Norm():
             return 2 * before[0], 2 * size, size
         case Recurrent():
@@ -122,6 +141,21 @@ def _row(
         more = _layer(layer, shape, after)
         weights, uses, kept = weights + more[0], uses + more[1], kept + more[2]
         shape = after
+    return weights, uses, kept
+
+
+def _graph_conv(layer: GraphConv, before: NodeShape) -> tuple[int, int, int]:
+    """Nodes are multiplied once each and then gathered: edges multiply their own features alone."""
+    channels, nodes = before
+    edges, features = before.graph.edges, before.graph.edge_features
+    width = (2 if layer.op == "gated" else 1) * layer.channels
+    weights = width * (2 * channels + features + 1)
+    uses = width * (2 * nodes * channels + edges * features)
+    kept = width * (2 * nodes + 3 * edges) + layer.channels * nodes
+    if layer.norm is not None:
+        weights, uses, kept = weights + 2 * width, uses + 2 * width * edges, kept + width * edges
+    if layer.op == "gated":
+        uses, kept = uses + layer.channels * edges, kept + 3 * layer.channels * edges
     return weights, uses, kept
 
 
@@ -163,14 +197,47 @@ def _ungraded(layers: Sequence[Layer], shape: Shape, graded: bool) -> tuple[int,
     return found, graded
 
 
-def require_fit(spec: NetworkSpec, batch_size: int, limit_bytes: float) -> Cost:
-    """Cost of `spec`; a TrialFailure of kind ``memory`` if its training would not fit."""
+def parts_that_fit(
+    spec: NetworkSpec, found: Cost, rows: int, limit_bytes: float, parts: int = 1
+) -> int | None:
+    """The least number of parts, `parts` or more, in which a batch of `rows` can be computed so that
+    the training of `spec` needs no more than `limit_bytes`; None if there is none.
+
+    found: its cost. In more parts it is the same training, up to rounding, but with batch
+    normalisation, whose statistics are of a part: such a network has `parts` or none.
+    """
+    parts = min(parts, rows)
+    if found.memory_bytes(-(-rows // parts)) <= limit_bytes:
+        return parts
+    most = found.rows_within(limit_bytes)
+    if most < 1 or normalises_batches(spec.layers):
+        return None
+    return -(-rows // most)
+
+
+def normalises_batches(layers: Sequence[Layer]) -> bool:
+    """Whether statistics of the batch take part in what the layers put out."""
+    return any(
+        (isinstance(layer, Norm) and layer.op == "batch")
+        or (isinstance(layer, GraphConv) and layer.norm == "batch")
+        or (isinstance(layer, Residual) and normalises_batches(layer.layers))
+        or (isinstance(layer, Parallel) and any(map(normalises_batches, layer.branches)))
+        for layer in layers
+    )
+
+
+def require_fit(spec: NetworkSpec, rows: int, limit_bytes: float, parts: int = 1) -> int:
+    """`parts_that_fit`; a TrialFailure of kind ``memory`` if the training of `spec` fits in none."""
     found = cost(spec)
-    needed = found.memory_bytes(batch_size)
-    if needed > limit_bytes:
+    fitting = parts_that_fit(spec, found, rows, limit_bytes, parts)
+    if fitting is None:
+        split = not normalises_batches(spec.layers)
+        at_least = 1 if split else -(-rows // min(parts, rows))
         raise TrialFailure(
             "memory",
-            f"{found.parameters:,} parameters and batch {batch_size} need about "
-            f"{needed / 1e9:.2f} GB, allowed are {limit_bytes / 1e9:.2f} GB",
+            f"{found.parameters:,} parameters and batch {rows} need about "
+            f"{found.memory_bytes(at_least) / 1e9:.2g} GB"
+            + (", even row by row" if split else " (batch normalisation: not computed in parts)")
+            + f"; allowed are {limit_bytes / 1e9:.2g} GB",
         )
-    return found
+    return fitting

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeVar
 
-from dmi_hpc.models.cost import BYTES, cost
+from dmi_hpc.models.cost import BYTES, Cost, cost
 from dmi_hpc.models.spec import NetworkSpec
 
 # parameters: trainable numbers; flops: multiply-adds x 2 of a forward pass of one sample; memory_GB:
@@ -24,10 +24,14 @@ WORD_BYTES = 4
 def known_costs(spec: NetworkSpec, batch_size: int) -> dict[str, float]:
     """All costs but the latency, by `CostName` and by arithmetic: nothing is allocated.
 
-    batch_size: of training. The energy is an estimate for comparing networks, not a reading: weights
-    are fetched once, activations written and read once, one sample at a time.
+    batch_size: rows that training computes at once. The energy is an estimate for comparing networks,
+    not a reading: weights are fetched once, activations written and read once, one sample at a time.
     """
-    found = cost(spec)
+    return named_costs(cost(spec), batch_size)
+
+
+def named_costs(found: Cost, batch_size: int) -> dict[str, float]:
+    """`known_costs` of a network whose cost is known already."""
     words = (found.parameters + 2 * found.activations) * BYTES / WORD_BYTES
     return {
         "parameters": float(found.parameters),

@@ -11,6 +11,9 @@ from pydantic import Field, model_validator
 from dmi_hpc.models.spec import (
     ActivationName,
     CellName,
+    GraphConvName,
+    GraphInput,
+    GraphReadoutName,
     NetworkSpec,
     NormName,
     PaddingName,
@@ -97,6 +100,11 @@ class NetworkSpace(Plain):
     them, for each pool from the innermost to the outermost: upsampling to what was there before, and
     the block before that pool once more, with weights of its own; `decoders` say whether the maps
     before the pool stay beside the upsampled ones. It has neither recurrent nor dense blocks.
+
+    With `graph` the inputs are graphs, and a network is: a linear layer on each node of one of the
+    `embeddings`, graph blocks, one of the `graph_readouts`, then dense blocks. A graph block is: graph
+    convolution, [norm], activation, [dropout]; its skip connection is around convolution and norm. The
+    norm of a gated convolution is before its gates, too.
     """
 
     added = frozenset(
@@ -110,6 +118,15 @@ class NetworkSpace(Plain):
             "bidirectional",
             "map_output",
             "decoders",
+            "graph",
+            "graph_blocks",
+            "graph_convs",
+            "embeddings",
+            "channels",
+            "graph_norms",
+            "graph_activations",
+            "graph_skips",
+            "graph_readouts",
         }
     )
 
@@ -135,6 +152,15 @@ class NetworkSpace(Plain):
     bidirectional: tuple[bool, ...] = (False, True)
     map_output: bool = False
     decoders: tuple[DecoderName, ...] = ("skip", "plain")
+    graph: GraphInput | None = None
+    graph_blocks: tuple[int, int] = (1, 5)  # of spaces with `graph` alone, as all that follows
+    graph_convs: tuple[GraphConvName, ...] = ("gated", "sum", "mean")
+    embeddings: tuple[int, ...] = (16, 32, 64, 128)  # ascending
+    channels: tuple[int, ...] = (16, 32, 64, 128)  # ascending
+    graph_norms: tuple[NormName | None, ...] = (None, "batch", "group")
+    graph_activations: tuple[ActivationName, ...] = ("softplus", "relu", "silu")
+    graph_skips: tuple[SkipName | None, ...] = (None, "residual", "dense")
+    graph_readouts: tuple[GraphReadoutName, ...] = ("mean", "sum", "max")
 
 
 class Founder(Plain):

@@ -3,6 +3,10 @@
 Shapes are channels first and without the batch axis: ``(C, D, H, W)`` for a voxel volume, ``(C, T)``
 for a sequence, ``(F,)`` for a feature vector. A linear head to ``outputs`` units is always appended.
 
+The values on the nodes of a graph have the shape ``(C, nodes)``, a `NodeShape`: the layers of a vector
+act on each node then, and `GraphConv` passes messages along the edges. The number of nodes is a
+nominal one, for costs; real graphs have any number.
+
 Layers nest: `Residual` and `Parallel` hold layers of their own. An empty branch is the identity, so
 ``Parallel(branches=((), layers))`` keeps its input beside what the layers make of it: the connection
 of a DenseNet and, with `Pool` first and `Upsample` last, the skip connection of a U-Net.
@@ -22,18 +26,21 @@ from pydantic import (
     TypeAdapter,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from dmi_hpc.errors import NetworkError
 
 Shape = tuple[int, ...]
-ActivationName = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh"]
+ActivationName = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "softplus"]
 NormName = Literal["batch", "group"]
 PaddingName = Literal["zeros", "circular"]
 PoolName = Literal["max", "mean"]
 ReadoutName = Literal["flatten", "mean"]
 CellName = Literal["gru", "lstm"]
 MergeName = Literal["concat", "sum"]
+GraphConvName = Literal["gated", "sum", "mean"]
+GraphReadoutName = Literal["mean", "sum", "max"]
 
 
 class Plain(BaseModel):
@@ -53,6 +60,27 @@ class Plain(BaseModel):
             if getattr(self, name) == type(self).model_fields[name].default:
                 data.pop(name, None)
         return data
+
+
+class GraphInput(Plain):
+    """What the edges of the input graphs carry.
+
+    edge_features: numbers on each edge; edges: nominal number of each graph, for costs alone.
+    """
+
+    edge_features: int = Field(ge=0)
+    edges: int = Field(ge=1)
+
+
+class NodeShape(tuple[int, ...]):
+    """(channels, nodes): values on the nodes of a graph, the edges of which are as `graph` says."""
+
+    graph: GraphInput
+
+    def __new__(cls, channels: int, nodes: int, graph: GraphInput) -> NodeShape:
+        shape = super().__new__(cls, (channels, nodes))
+        shape.graph = graph
+        return shape
 
 
 class _Layer(BaseModel):
@@ -128,6 +156,34 @@ class Recurrent(_Layer):
     last: bool = False
 
 
+class GraphConv(_Layer):
+    """Messages along the edges of a graph, Xie and Grossman, Phys. Rev. Lett. 120 (2018) 145301.
+
+    gated (their equation 5): sum over the neighbours j of sigmoid(a) * softplus(b), with a and b, each
+    of `channels`, linear in [node i, node j, edge i-j] and normalised, if `norm` says so, over all
+    edges of a batch (each edge, if "group"). sum, mean (their equation 4): that over the neighbours of
+    what is linear in [node j, edge i-j], plus what is linear in node i; these have no norm inside.
+    """
+
+    kind: Literal["graph_conv"] = "graph_conv"
+    op: GraphConvName = "gated"
+    channels: int = Field(ge=1)
+    norm: NormName | None = None
+
+    @model_validator(mode="after")
+    def _norm_of_gates(self) -> GraphConv:
+        if self.norm is not None and self.op != "gated":
+            raise ValueError(f"found norm '{self.norm}' inside op '{self.op}', which has none")
+        return self
+
+
+class GraphReadout(_Layer):
+    """From values on the nodes to one vector for each graph, channel by channel."""
+
+    kind: Literal["graph_readout"] = "graph_readout"
+    op: GraphReadoutName = "mean"
+
+
 class Residual(_Layer):
     """x + layers(x), He et al. 2016; a projection of x, linear in its channels, where shapes differ.
 
@@ -170,6 +226,8 @@ Layer = Annotated[
     | Readout
     | Dense
     | Recurrent
+    | GraphConv
+    | GraphReadout
     | Residual
     | Parallel,
     Field(discriminator="kind"),
@@ -183,15 +241,24 @@ class NetworkSpec(Plain):
     """Input shape, layers, and the number of linear outputs.
 
     map_output: the outputs are channels of a map, one value of each per voxel of the last layer (a
-    segmentation); else they are one vector.
+    segmentation); else they are one vector. graph: the inputs are graphs, and the input shape is
+    (features of a node, nominal number of nodes).
     """
 
-    added = frozenset({"map_output"})
+    added = frozenset({"map_output", "graph"})
 
     input_shape: Shape
     layers: tuple[Layer, ...]
     outputs: int = Field(1, ge=1)
     map_output: bool = False
+    graph: GraphInput | None = None
+
+    @property
+    def enters(self) -> Shape:
+        """The shape that the first layer receives."""
+        if self.graph is None or len(self.input_shape) != 2:
+            return self.input_shape
+        return NodeShape(*self.input_shape, self.graph)
 
 
 def shapes(spec: NetworkSpec) -> tuple[Shape, ...]:
@@ -201,8 +268,15 @@ def shapes(spec: NetworkSpec) -> tuple[Shape, ...]:
     """
     if not spec.input_shape or any(n < 1 for n in spec.input_shape):
         raise NetworkError(f"input shape {spec.input_shape}: every extent must be at least 1")
-    result = shapes_after(spec.layers, spec.input_shape)
-    last = (spec.input_shape, *result)[-1]
+    if spec.graph is not None and (len(spec.input_shape) != 2 or spec.map_output):
+        raise NetworkError(
+            f"a network of graphs needs an input (features of a node, nodes) and one vector as output; "
+            f"found {spec.input_shape}, map_output = {str(spec.map_output).lower()}"
+        )
+    result = shapes_after(spec.layers, spec.enters)
+    last = (spec.enters, *result)[-1]
+    if isinstance(last, NodeShape):
+        raise NetworkError(f"the last layer leaves values on nodes {last}: add a graph_readout")
     if len(last) > 1 and not spec.map_output:
         raise NetworkError(f"the last layer leaves a map {last}: add a readout")
     if len(last) == 1 and spec.map_output:
@@ -241,6 +315,10 @@ def _after(layer: Layer, shape: Shape) -> Shape:
     match layer:
         case Norm() | Activation() | Dropout():
             return shape
+        case GraphConv() | GraphReadout():
+            return _after_graph(layer, shape)
+        case Conv() | Pool() | Upsample() | Readout() | Recurrent() if isinstance(shape, NodeShape):
+            raise NetworkError(f"cannot follow values on the nodes of a graph {shape}")
         case Conv() | Pool() | Upsample() | Readout() | Recurrent() if len(shape) == 1:
             raise NetworkError(f"needs a map over space, found a vector of {shape[0]}")
         case Conv():
@@ -265,9 +343,19 @@ def _after(layer: Layer, shape: Shape) -> Shape:
         case Parallel():
             return _after_parallel(layer, shape)
         case Dense():
+            if isinstance(shape, NodeShape):
+                return NodeShape(layer.units, shape[1], shape.graph)
             if len(shape) > 1:
                 raise NetworkError(f"a dense layer needs a readout before it, found map {shape}")
             return (layer.units,)
+
+
+def _after_graph(layer: GraphConv | GraphReadout, shape: Shape) -> Shape:
+    if not isinstance(shape, NodeShape):
+        raise NetworkError(f"needs values on the nodes of a graph, found {shape}")
+    if isinstance(layer, GraphReadout):
+        return (shape[0],)
+    return NodeShape(layer.channels, shape[1], shape.graph)
 
 
 def _require_padding(layer: Conv, extents: Shape) -> None:
@@ -304,4 +392,7 @@ def _after_parallel(layer: Parallel, shape: Shape) -> Shape:
         what = "extents" if concat else "shapes"
         raise NetworkError(f"its branches end in different {what}: {', '.join(map(str, ends))}")
     channels = sum(end[0] for end in ends) if concat else ends[0][0]
-    return (channels, *ends[0][1:])
+    first = ends[0]
+    if isinstance(first, NodeShape):
+        return NodeShape(channels, first[1], first.graph)
+    return (channels, *first[1:])

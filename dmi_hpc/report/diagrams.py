@@ -13,6 +13,8 @@ from dmi_hpc.models.spec import (
     Conv,
     Dense,
     Dropout,
+    GraphConv,
+    GraphReadout,
     Layer,
     NetworkSpec,
     Norm,
@@ -47,13 +49,15 @@ class Block:
     parameters: int
 
 
-_OPENS = Conv | Dense | Readout | Upsample | Recurrent | Residual | Parallel
+_OPENS = (
+    Conv | Dense | Readout | Upsample | Recurrent | GraphConv | GraphReadout | Residual | Parallel
+)
 
 
 def blocks(spec: NetworkSpec) -> list[Block]:
     """The network as its readers think of it: input, blocks, linear head."""
     found = [Block("input", "Input", (), spec.input_shape, 0)]
-    before = spec.input_shape
+    before = spec.enters
     for layer, after in zip(spec.layers, shapes(spec), strict=True):
         weights, _ = layer_weights(layer, before, after)
         last = found[-1]
@@ -91,6 +95,11 @@ def layer_text(layer: Layer, before: Shape) -> str:
             return "Residual"
         case Parallel():
             return f"Parallel, {layer.merge}"
+        case GraphConv():
+            inner = f", {layer.norm} norm inside" if layer.norm else ""
+            return f"Graph conv {layer.channels:,}, {layer.op}{inner}"
+        case GraphReadout():
+            return f"{layer.op.capitalize()} over nodes"
         case Readout():
             return "Flatten" if layer.op == "flatten" else "Mean over space"
         case Norm():

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -20,7 +20,10 @@ from dmi_hpc.data.build import Communicator
 from dmi_hpc.data.manifest import Manifest
 from dmi_hpc.errors import DataError, DMIError
 from dmi_hpc.models.space import SearchSpace
-from dmi_hpc.models.spec import NetworkSpec
+from dmi_hpc.models.spec import GraphInput, NetworkSpec
+
+if TYPE_CHECKING:
+    from dmi_hpc.models.graphs import Graphs
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Fields = Mapping[str, Array]
@@ -101,17 +104,25 @@ class Task(ABC):
     def build_data(self, target: Path, context: BuildContext) -> Manifest:
         """Make the shard set `target` from a solver; or a DataError saying how to import it."""
 
+    @property
+    def graph(self) -> GraphInput | None:
+        """What the edges carry, if inputs are graphs: with ``input_shape`` (node features, nodes)."""
+        return None
+
     def rows(self) -> int | None:
         """Number of rows that `build_data` will make, for its progress bar; None if unknown."""
         return None
 
     @abstractmethod
-    def inputs(self, fields: Fields) -> Array:
-        """Stored fields of n rows -> network inputs, (n, *input_shape) float32."""
+    def inputs(self, fields: Fields) -> Array | Graphs:
+        """Stored fields of n rows -> network inputs, (n, *input_shape) float32; or n graphs, if the
+        task has a `graph`. What refers to entries of another field counts them over all n rows."""
 
-    def network_inputs(self, fields: Fields) -> Array:
+    def network_inputs(self, fields: Fields) -> Array | Graphs:
         """`inputs` of n rows, (n, *input_shape); a DataError naming the fields if they do not fit."""
         expected = f"(rows, {', '.join(map(str, self.input_shape))})"
+        if self.graph is not None:
+            expected = f"graphs of {self.input_shape[0]}, {self.graph.edge_features} features"
         try:
             made = self.inputs(fields)
         except DMIError:
@@ -123,8 +134,15 @@ class Task(ABC):
                 f"{type(error).__name__}: {error} ({knobs.DEBUG}=1 shows where), given "
                 f"{self._told(fields)}. Choose data of this task"
             ) from error
-        fits = isinstance(made, np.ndarray) and made.dtype.kind in "biuf"
-        if not fits or made.shape[1:] != tuple(self.input_shape):
+        if isinstance(made, np.ndarray):
+            fits = made.dtype.kind in "biuf" and made.shape[1:] == tuple(self.input_shape)
+            fits = fits and self.graph is None
+        else:
+            fits = self.graph is not None and _features(made) == (
+                self.input_shape[0],
+                self.graph.edge_features,
+            )
+        if not fits:
             raise DataError(
                 f"inputs of task {self.name}: expected {expected}, found {_kind(made)} from "
                 f"{self._told(fields)}. Choose data of this task, or the [task] options of these"
@@ -168,6 +186,13 @@ class Task(ABC):
     def pictures(self, fields: Fields, truth: Array, prediction: Array) -> tuple[Picture, ...]:
         """A few examples with truth and prediction, for the report."""
         return ()
+
+
+def _features(made: Any) -> tuple[int, int] | None:
+    """Numbers on each node and edge of what should be graphs."""
+    from dmi_hpc.models.graphs import Graphs  # torch: a command that only lists tasks needs none
+
+    return (made.nodes.shape[1], made.edges.shape[1]) if isinstance(made, Graphs) else None
 
 
 def _kind(given: Any) -> str:

@@ -1,4 +1,4 @@
-"""What still fits into the time that is left: no trial starts that cannot finish.
+"""What still fits into the time that is left: no trial starts that can neither finish nor go on.
 
 Pure: who asks says what time it is. How long a trial takes is learned from those that finished.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from math import inf
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from dmi_hpc.deadline import FLOOR_S, End, end_of
 RECENT = 64  # durations looked at: later trials may be of larger networks
 ENOUGH = 4  # durations, before they say anything
 QUANTILE = 0.9  # of them must fit
+WORTH_S = 60.0  # that a trial trains before it is left
 
 
 class Allocation:
@@ -26,8 +28,7 @@ class Allocation:
         """job: by then all processes are gone, and `margin_s` before it nothing runs. limit: no
         trial starts that takes longer, but those that run go on."""
         self._left_at = None if job is None else End(job.at - margin_s, job.source)
-        ends = [end for end in (self._left_at, limit) if end is not None]
-        self.end = min(ends, key=lambda end: end.at, default=None)
+        self._limit = limit
         self._durations: deque[float] = deque(maxlen=RECENT)
         self.closed: str | None = None  # why no trial starts any more
 
@@ -36,6 +37,11 @@ class Allocation:
         """By SLURM_JOB_END_TIME and the recipe's limit. LaunchError if the former is no time."""
         limit = None if time_limit_s is None else End(now + time_limit_s, "time_limit_s")
         return cls(end_of(env, None, now), limit)
+
+    @property
+    def end(self) -> End | None:
+        """When trials must have stopped, each with a checkpoint."""
+        return self._left_at
 
     def finished(self, seconds: float) -> None:
         """A trial took so long."""
@@ -49,15 +55,26 @@ class Allocation:
         return float(np.quantile(self._durations, QUANTILE))
 
     def may_start(self, now: float) -> bool:
-        """Whether a trial that starts at `now` (epoch seconds) can finish. A no is for good."""
-        if self.closed is None and self.end is not None:
-            left = max(0.0, self.end.at - now)
-            if left == 0 or left < self.predicted_s:
-                self.closed = (
-                    f"{left:.0f} s are left ({self.end.source}), and a trial may take "
-                    f"{self.predicted_s:.0f} s"
-                )
+        """Whether a trial that starts at `now` (epoch seconds) is worth it. A no is for good.
+
+        Before the job's end it need not finish, for it goes on in the next one: a minute will do.
+        """
+        if self.closed is None:
+            for end, needed in (
+                (self._left_at, min(self.predicted_s, WORTH_S)),
+                (self._limit, self.predicted_s),
+            ):
+                left = inf if end is None else end.at - now
+                if end is not None and (left <= 0 or left < needed):
+                    self.close(
+                        f"{max(0.0, left):.0f} s are left ({end.source}), and a trial may take "
+                        f"{self.predicted_s:.0f} s"
+                    )
         return self.closed is None
+
+    def close(self, why: str) -> None:
+        """Let no trial start any more."""
+        self.closed = self.closed or why
 
     def is_over(self, now: float) -> str | None:
         """Why trials that still run must be left; None to go on."""

@@ -21,9 +21,10 @@ from dmi_hpc import collectives, knobs
 from dmi_hpc.config import Recipe
 from dmi_hpc.world import World
 from search.cluster.capacity import Shape
-from search.evolution.evolve import Failure, Success
+from search.evolution.evolve import Failure
+from search.records.kept import Kept
 from search.trials.rank_trial import RankEvaluator, reserved_address
-from search.trials.trial import TrialOutcome
+from search.trials.trial import Answer, Assignment, TrialOutcome
 
 GRACE_S = 15.0  # for the other ranks, once one has failed
 
@@ -71,7 +72,15 @@ class RankProcess:
             return f"file://{mkdtemp(prefix='dmi-rendezvous-')}/store"
         return self._held.enter_context(reserved_address(host))
 
-    def join(self, world: World, url: str, recipe: Recipe, data: Path, memory_GB: float) -> None:
+    def join(
+        self,
+        world: World,
+        url: str,
+        recipe: Recipe,
+        data: Path,
+        memory_GB: float,
+        kept: Path | None,
+    ) -> None:
         """Become rank `world.rank` of a process group that lasts as long as the process."""
         os.environ[knobs.RENDEZVOUS] = url
         device = torch.device("cpu")
@@ -79,18 +88,25 @@ class RankProcess:
             device = torch.device("cuda", 0)  # Ray shows a process nothing but its own
             torch.cuda.set_device(device)
         self._held.enter_context(collectives.group(world, device))
-        self._evaluator = RankEvaluator(recipe, data, device, memory_GB, world)
+        self._evaluator = RankEvaluator(
+            recipe, data, device, memory_GB, world, None if kept is None else Kept(kept)
+        )
 
-    def evaluate(self, genome: Mapping[str, Any]) -> tuple[TrialOutcome, bool]:
+    def evaluate(
+        self, genome: Mapping[str, Any], assignment: Assignment | None
+    ) -> tuple[Answer, bool]:
         """(outcome, whether it is but the echo of another rank's)."""
-        outcome = self._evaluator(genome)
+        outcome = self._evaluator(genome, assignment)
         return outcome, self._evaluator.missed
 
 
 class Ranks:
     """Evaluates genomes on `size` ranks, in the placement group of the actor that it lives in."""
 
-    def __init__(self, recipe: Recipe, data: Path, memory_GB: float, size: int) -> None:
+    def __init__(
+        self, recipe: Recipe, data: Path, memory_GB: float, size: int, kept: Path | None = None
+    ) -> None:
+        """kept: the search's folder, which all ranks see, for `Assignment`s."""
         self.spent = False  # a rank left the others: they all must go
         group = get_current_placement_group()
         self._actors = [_actor(group, rank, recipe.search.trial_threads) for rank in range(size)]
@@ -99,17 +115,20 @@ class Ranks:
         url = ray.get(self._actors[0].meeting.remote(None if one else nodes[0][1]))
         ray.get(
             [
-                actor.join.remote(world, url, recipe, data, memory_GB)
+                actor.join.remote(world, url, recipe, data, memory_GB, kept)
                 for actor, world in zip(self._actors, worlds([n for n, _ in nodes]), strict=True)
             ]
         )
 
-    def __call__(self, genome: Mapping[str, Any]) -> TrialOutcome:
-        """Rank 0's outcome, or the first failure that is a cause. RankDied if none says why."""
-        told, died = self._gathered([actor.evaluate.remote(genome) for actor in self._actors])
+    def __call__(self, genome: Mapping[str, Any], assignment: Assignment | None = None) -> Answer:
+        """A rank's answer, or the first failure that is a cause. RankDied if none says why."""
+        told, died = self._gathered(
+            [actor.evaluate.remote(genome, assignment) for actor in self._actors]
+        )
+        outcomes = [(answer, echo) for answer, echo in told if isinstance(answer, TrialOutcome)]
         causes = [
             outcome
-            for outcome, echo in told
+            for outcome, echo in outcomes
             if isinstance(outcome.told, Failure) and not (echo or (died and _is_cut(outcome.told)))
         ]
         whole = len(told) == len(self._actors) and not any(echo for _, echo in told)
@@ -126,10 +145,10 @@ class Ranks:
         for actor in self._actors:
             ray.kill(actor)
 
-    def _gathered(self, asked: list[Any]) -> tuple[list[tuple[TrialOutcome, bool]], int]:
+    def _gathered(self, asked: list[Any]) -> tuple[list[tuple[Answer, bool]], int]:
         """What the ranks said, in order of their end, and how many died. Once one has failed, the
         others are waited for no longer than `GRACE_S`."""
-        told: list[tuple[TrialOutcome, bool]] = []
+        told: list[tuple[Answer, bool]] = []
         died = 0
         end: float | None = None
         while asked:
@@ -138,8 +157,9 @@ class Ranks:
             if not ready:
                 break
             try:
-                told.append(ray.get(ready[0]))
-                failed = not isinstance(told[-1][0].told, Success)
+                answer, _ = last = ray.get(ready[0])
+                told.append(last)
+                failed = isinstance(answer, TrialOutcome) and isinstance(answer.told, Failure)
             except RayActorError:
                 failed, died = True, died + 1
             if failed and end is None:

@@ -30,12 +30,13 @@ from dmi_hpc.errors import DMIError, Interrupted, LaunchError
 from search.cluster.allocation import Allocation
 from search.cluster.capacity import Shape
 from search.cluster.devices import Ranks, bundles
+from search.cluster.forecast import Forecast
 from search.cluster.ray_cluster import Cluster, cluster
 from search.driver import Driver
-from search.evolution.evolve import Failure
+from search.evolution.evolve import Failure, Proposal
 from search.records.kept import Kept
-from search.spaces.genome import to_json
-from search.trials.trial import TRACEBACK_CHARACTERS, Evaluator, TrialOutcome
+from search.spaces.genome import Genome, to_json
+from search.trials.trial import TRACEBACK_CHARACTERS, Answer, Evaluator, Left, TrialOutcome
 
 DEATHS = 3  # of workers in a row, times their number, before the machine counts as the cause
 
@@ -61,7 +62,7 @@ class TrialContext:
     def evaluator(self) -> Evaluator | Ranks:
         """What evaluates genomes in a worker; called there."""
         if self.ranks > 1:
-            return Ranks(self.recipe, self.data, self.memory_GB, self.ranks)
+            return Ranks(self.recipe, self.data, self.memory_GB, self.ranks, self.kept)
         device = torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
         kept = None if self.kept is None else Kept(self.kept)
         return Evaluator(self.recipe, self.data, device, self.memory_GB, kept)
@@ -95,25 +96,40 @@ class Slot(tune.Trainable):  # type: ignore[misc]
 class _Desk:
     """Between the slots and the driver: who evaluates what, and since when."""
 
-    def __init__(self, driver: Driver, allocation: Allocation, shown: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        allocation: Allocation,
+        shown: Callable[[], None],
+        trial_limit_s: float | None = None,
+    ) -> None:
         self.driver, self.allocation, self.shown = driver, allocation, shown
+        self._forecast = Forecast(driver, trial_limit_s)
         self._deaths = 0  # since an evaluation finished
         self._numbers: dict[str, int] = {}  # slot -> the proposal it evaluates
         self._started: dict[str, float] = {}
 
     def next_for(self, slot: str) -> dict[str, Any] | None:
         """What to evaluate: the evaluator's arguments. None while there is none, or no time for it."""
-        if not self.allocation.may_start(time.time()):
-            return None
-        proposal = self.driver.next_proposal(slot)
+        proposal = self._in_time(slot)
         self.shown()
         if proposal is None:
             return None
         self._numbers[slot] = proposal.id
         self._started.pop(slot, None)
-        assignment = self.driver.assignment(proposal.id)
-        job = {"genome": to_json(proposal.genome)}
-        return job if assignment is None else {**job, "assignment": assignment}
+        assignment = self.driver.assignment(proposal.id, self.allocation.end)
+        return {"genome": to_json(proposal.genome), "assignment": assignment}
+
+    def _in_time(self, slot: str) -> Proposal[Genome] | None:
+        while self.allocation.may_start(time.time()):
+            proposal = self.driver.next_proposal(slot)
+            if proposal is None:
+                return None
+            refused = self._forecast.refusal(proposal.id)
+            if refused is None:
+                return proposal
+            self.driver.finished(proposal.id, refused)
+        return None
 
     @property
     def is_done(self) -> bool:
@@ -124,9 +140,15 @@ class _Desk:
     def started(self, slot: str) -> None:
         self._started[slot] = time.monotonic()
 
-    def finished(self, slot: str, outcome: TrialOutcome) -> None:
+    def finished(self, slot: str, outcome: Answer) -> None:
         self._deaths = 0
-        self.driver.finished(self._numbers.pop(slot), outcome, slot)
+        number = self._numbers.pop(slot)
+        if isinstance(outcome, Left):
+            self.allocation.close("trials are left, each with a checkpoint, for the next session")
+            self.driver.progress.busy_s += outcome.seconds  # nothing of it is lost
+            self.driver.again(number)
+            return
+        self.driver.finished(number, self._forecast.learned(number, outcome), slot)
         self.allocation.finished(outcome.seconds)
         self.shown()
 
@@ -265,7 +287,7 @@ def run_trials(
         if over is not None:
             raise Interrupted(over)
 
-    desk = _Desk(driver, allocation, shown)
+    desk = _Desk(driver, allocation, shown, context.recipe.search.trial_time_limit_s)
     trainable = tune.with_resources(
         tune.with_parameters(Slot, context=context), bundles(context.shape, gpus=found.gpus)
     )

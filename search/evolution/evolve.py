@@ -9,9 +9,12 @@
    and mutation. With the surrogate, many candidates (children, mutations of the best, random ones)
    are made, the most wanted ones are mutated again, and the most wanted of all is proposed: the one
    with the lowest rank that it might have, as far as the support vector machine can tell.
-3. `tell` puts a fitness (lower is better) into the population, where the worst makes room; with
-   further objectives, the worst is the last in NSGA-II's order. A failure teaches the surrogate alone.
+3. `tell` puts a fitness (lower is better) into the population, where the worst makes room (or the
+   oldest); with further objectives, the worst is the last in NSGA-II's order. A failure teaches the
+   surrogate alone.
 4. No two proposals have the same structural hash, finished or not.
+5. If so configured, kinds of change get shares by what they lately brought, and a population that
+   brings nothing better and has become alike makes room for strangers.
 
 The random numbers of proposal k depend on (seed, k) alone, so that replaying the asks and tells of
 a journal (`restore_ask`, `tell`) continues as if there had been no interruption.
@@ -27,8 +30,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from math import isfinite
-from typing import Generic, NamedTuple
+from typing import Generic
 
 import numpy as np
 from pydantic import Field
@@ -36,18 +40,12 @@ from pydantic import Field
 from dmi_hpc.config import Config
 from dmi_hpc.errors import TRANSIENT, FailureKind
 from search.base import G, Space, Vector
-from search.evolution.population import Population
+from search.evolution.breeding import CLIMBERS, Breeder, Candidate, Effort
+from search.evolution.population import Population, Replacement
+from search.evolution.rates import WINDOW, adapted
+from search.evolution.restarts import Restarts
 from search.evolution.surrogate import Judgement, Surrogate, Values
-from search.spaces.space import pick
 
-INCUMBENTS = 3  # best members whose mutations are candidates
-INCUMBENT_SHARE = 0.4
-RANDOM_SHARE = 0.1
-MUTATED_CROSSOVER = 0.5
-CLIMBERS = 4  # candidates of which a climb makes more
-CLIMB_SHARE = 8  # of each a pool / 8
-FULL_POOL = 1000  # evaluations; with more, pools shrink and do not climb: an ask stays cheap
-LEAST_POOL = 10
 BREEDING_TRIES = 20
 RANDOM_TRIES = 200
 FAILING = 1e3  # more than any difference of bounds
@@ -68,6 +66,18 @@ class EvolutionConfig(Config):
         2.0, ge=0, description="mean weight of uncertainty; every proposal draws its own"
     )
     unfiltered: float = Field(0.0, ge=0, le=1, description="share of children it does not see")
+    adaptive: bool = Field(
+        False, description="kinds of change get their shares by what they lately brought"
+    )
+    replacement: Replacement = Field(
+        "worst", description="who makes room in the population: the worst, or by age the oldest"
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="results without improvement after which a population that has become alike "
+        "makes room for strangers; None: never",
+    )
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,8 @@ def checked(outcome: Outcome) -> Outcome:
 
 @dataclass(frozen=True)
 class Proposal(Generic[G]):
-    """A genome to evaluate. origin: founder, random, crossover, mutation, incumbent or climb.
+    """A genome to evaluate. origin: founder, random, crossover, mutation, incumbent or climb; step or
+    structure (mutations, where rates adapt); restart (a stranger that a restart brings).
 
     predicted: what the surrogate expected, if it was asked: the share of what was known that is
     better, about 0 to 1.
@@ -115,12 +126,6 @@ class Proposal(Generic[G]):
 
 class SpaceExhausted(Exception):
     """No genome is left that was not proposed already."""
-
-
-class _Candidate(NamedTuple, Generic[G]):
-    genome: G
-    origin: str
-    parents: tuple[int, ...]
 
 
 class Evolution(Generic[G]):
@@ -142,14 +147,24 @@ class Evolution(Generic[G]):
         self._best: tuple[int, float] | None = None
         self._objectives = 0  # of the first success
         self._waiting = deque(space.founders())
-        self._population = Population(config.population)
+        self._population = Population(config.population, config.replacement)
         self._surrogate = Surrogate(space) if config.surrogate else None
+        self._breeder = Breeder(
+            space,
+            self._population,
+            lambda number: self.proposals[number].genome,
+            tournament=config.tournament,
+            crossover=config.crossover,
+        )
+        self._restarts: Restarts[G] | None = None
+        if config.patience is not None:
+            self._restarts = Restarts(space, self._population, config.population, config.patience)
 
     def ask(self) -> Proposal[G]:
         """The next genome to evaluate. Raises SpaceExhausted if there is no new one."""
         rng = np.random.default_rng([self.config.seed, self._next])
         predicted = None
-        candidate = self._new_founder()
+        candidate = self._new_founder() or self._immigrant(rng)
         if candidate is None and self._breeds:
             candidate, predicted = self._bred(rng)
         candidate = candidate or self._random(rng)
@@ -166,6 +181,8 @@ class Evolution(Generic[G]):
         self._next = max(self._next, proposal.id + 1)
         if self._surrogate is not None:
             self._surrogate.asked(proposal.id, proposal.genome)
+        if self._restarts is not None:
+            self._restarts.asked(proposal.id, proposal.genome, proposal.origin)
 
     def tell(self, identifier: int, outcome: Outcome) -> Outcome:
         """Report a finished evaluation; returns the outcome as it was taken (see `checked`)."""
@@ -189,24 +206,37 @@ class Evolution(Generic[G]):
                 self._surrogate.forget(identifier)  # that says nothing of it
             else:
                 self._surrogate.add(identifier, values)
+        if self._restarts is not None:
+            self._restarts.told(identifier, values)
         return outcome
 
     def revise(self, fitness: Mapping[int, float]) -> None:
-        """Give proposals that succeeded another fitness, where it is a place among all others.
-
-        Not together with further objectives.
-        """
+        """Give proposals that succeeded another fitness, where it is a place among all others."""
         self._fitness.update(fitness)
         self._population.revise(self._fitness)
-        value, identifier = self._population.members[0]
+        value, identifier = min((value, number) for number, value in self._fitness.items())
         self._best = identifier, value
+        values = {number: self._valued(number) for number in fitness}
+        if self._restarts is not None:
+            self._restarts.revised(values)
         if self._surrogate is not None:
-            for number, value in fitness.items():
-                self._surrogate.revise(number, (value,))
+            for number, found in values.items():
+                self._surrogate.revise(number, found)
+
+    def _valued(self, number: int) -> Values:
+        """Fitness and further objectives of a success."""
+        outcome = self.outcomes[number]
+        assert isinstance(outcome, Success), f"proposal {number} has no fitness"
+        return (self._fitness[number], *outcome.others)
 
     def best(self) -> tuple[int, float] | None:
         """(id, fitness) of the best network so far; None if none has succeeded."""
         return self._best
+
+    @property
+    def restarts(self) -> int:
+        """How often strangers took the place of a population."""
+        return 0 if self._restarts is None else self._restarts.count
 
     @property
     def breeding(self) -> tuple[int, ...]:
@@ -217,23 +247,23 @@ class Evolution(Generic[G]):
         """Proposals without an outcome, oldest first."""
         return list(self._pending.values())
 
-    def _is_new(self, candidate: _Candidate[G]) -> bool:
+    def _is_new(self, candidate: Candidate[G]) -> bool:
         return self.space.identity(candidate.genome) not in self._identities
 
-    def _is_wanted(self, candidate: _Candidate[G]) -> bool:
+    def _is_wanted(self, candidate: Candidate[G]) -> bool:
         """New, and cheap enough: a network over the limit is not even proposed."""
         return self._is_new(candidate) and self.space.affordable(candidate.genome)
 
-    def _new_founder(self) -> _Candidate[G] | None:
+    def _new_founder(self) -> Candidate[G] | None:
         while self._waiting:
-            candidate = _Candidate(self._waiting.popleft(), "founder", ())
+            candidate = Candidate(self._waiting.popleft(), "founder", ())
             if self._is_new(candidate):
                 return candidate
         return None
 
-    def _random(self, rng: np.random.Generator) -> _Candidate[G]:
+    def _random(self, rng: np.random.Generator) -> Candidate[G]:
         for _ in range(RANDOM_TRIES):
-            candidate = self._stranger(rng)
+            candidate = self._breeder.stranger(rng)
             if self._is_wanted(candidate):
                 return candidate
         raise SpaceExhausted(
@@ -245,80 +275,63 @@ class Evolution(Generic[G]):
     def _breeds(self) -> bool:
         return len(self.proposals) >= self.config.initial and len(self._population) >= 2
 
-    def _bred(self, rng: np.random.Generator) -> tuple[_Candidate[G] | None, float | None]:
+    def _immigrant(self, rng: np.random.Generator) -> Candidate[G] | None:
+        """The most novel of some strangers, if a restart is due."""
+        if self._restarts is None:
+            return None
+        (own,) = rng.spawn(1)  # looking costs the children no random numbers
+        strangers = (Candidate(g, Restarts.ORIGIN, ()) for g in self._restarts.immigrants(own))
+        return next(filter(self._is_wanted, strangers), None)
+
+    def _bred(self, rng: np.random.Generator) -> tuple[Candidate[G] | None, float | None]:
         """A new child and what the surrogate expects; None if only known genomes come out."""
         if self._surrogate is not None and rng.random() >= self.config.unfiltered:
             screened, expected = self._screened(self._surrogate, rng)
             if screened is not None:
                 return screened, expected
-        children = (self._child(rng) for _ in range(BREEDING_TRIES))
+        shares = self._shares
+        children = (self._breeder.child(rng, shares) for _ in range(BREEDING_TRIES))
         return next(filter(self._is_wanted, children), None), None
 
     def _screened(
         self, surrogate: Surrogate[G], rng: np.random.Generator
-    ) -> tuple[_Candidate[G] | None, float | None]:
+    ) -> tuple[Candidate[G] | None, float | None]:
         """The new candidate that is wanted most: likely to be good, or little known."""
         weight = self.config.exploration * float(rng.exponential())
-        size, climbs = self._effort
-        pool: list[_Candidate[G]] = []
+        shares = self._shares
+        effort = Effort.of(len(self.outcomes), self.config.pool, self.config.climbs, shares)
+        pool: list[Candidate[G]] = []
         bounds, expected = np.empty(0), np.empty(0)
-        fresh = [self._candidate(rng) for _ in range(size)]
-        for climb in range(climbs + 1):
+        fresh = [self._breeder.mixed(rng, shares) for _ in range(effort.size)]
+        for climb in range(effort.climbs + 1):
             judged = surrogate.judge([candidate.genome for candidate in fresh])
             if judged is None:
                 return None, None
             pool += fresh
             bounds = np.append(bounds, _bounds(judged, weight))
             expected = np.append(expected, judged.expected)
-            if climb < climbs:
+            if climb < effort.climbs:
                 tops = np.argsort(bounds, kind="stable")[:CLIMBERS]
-                steps = max(1, size // CLIMB_SHARE)
-                fresh = [self._climbed(pool[top], rng) for top in tops for _ in range(steps)]
+                climbers = [pool[top] for top in tops for _ in range(effort.steps)]
+                fresh = [self._breeder.climbed(below, rng) for below in climbers]
         order = np.argsort(bounds, kind="stable")
         best = next((i for i in order if self._is_wanted(pool[i])), None)
         return (None, None) if best is None else (pool[best], float(expected[best]))
 
     @property
-    def _effort(self) -> tuple[int, int]:
-        """Candidates and climbs of one proposal."""
-        known, pool = len(self.outcomes), self.config.pool
-        if known <= FULL_POOL:
-            return pool, self.config.climbs
-        return min(pool, max(LEAST_POOL, pool * FULL_POOL // known)), 0
+    def _shares(self) -> dict[str, float] | None:
+        """Of the kinds of change, by what they lately brought; None if they do not adapt."""
+        if not self.config.adaptive:
+            return None
+        newest = islice(reversed(self.outcomes), WINDOW)
+        results = [(self.proposals[number].origin, self._values(number)) for number in newest]
+        return adapted(self._breeder.shares, results)
 
-    def _candidate(self, rng: np.random.Generator) -> _Candidate[G]:
-        kind = rng.random()
-        if kind < RANDOM_SHARE:
-            return self._stranger(rng)
-        if kind < RANDOM_SHARE + INCUMBENT_SHARE:
-            return self._near_best(rng)
-        return self._child(rng)
-
-    def _stranger(self, rng: np.random.Generator) -> _Candidate[G]:
-        return _Candidate(self.space.random(rng), "random", ())
-
-    def _near_best(self, rng: np.random.Generator) -> _Candidate[G]:
-        _, parent = pick(self._population.members[:INCUMBENTS], rng)
-        genome = self.space.mutated(self.proposals[parent].genome, rng)
-        return _Candidate(genome, "incumbent", (parent,))
-
-    def _climbed(self, below: _Candidate[G], rng: np.random.Generator) -> _Candidate[G]:
-        change = self.space.stepped if rng.random() < 0.5 else self.space.mutated
-        return _Candidate(change(below.genome, rng), "climb", below.parents)
-
-    def _child(self, rng: np.random.Generator) -> _Candidate[G]:
-        first = self._population.tournament(self.config.tournament, rng)
-        second = self._population.tournament(self.config.tournament, rng)
-        if first == second or rng.random() >= self.config.crossover:
-            genome = self.space.mutated(self.proposals[first].genome, rng)
-            return _Candidate(genome, "mutation", (first,))
-        parents = (first, second)
-        genome = self.space.crossed(
-            self.proposals[first].genome, self.proposals[second].genome, rng
-        )
-        if rng.random() < MUTATED_CROSSOVER:
-            genome = self.space.stepped(genome, rng)
-        return _Candidate(genome, "crossover", parents)
+    def _values(self, number: int) -> Values | None:
+        outcome = self.outcomes[number]
+        if isinstance(outcome, Failure):
+            return None
+        return (self._fitness[number], *outcome.others)
 
 
 def _bounds(judged: Judgement, weight: float) -> Vector:

@@ -17,8 +17,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Generic
 
+import numpy as np
+
 from search.base import G
-from search.evolution.evolve import Evolution, Failure, Outcome, Proposal, checked
+from search.evolution.curves import Continuation
+from search.evolution.evolve import Evolution, Outcome, Proposal, Success, checked
+from search.evolution.pareto import order
 
 REDUCTION = 4  # of the trials of a rung, one goes on
 
@@ -36,19 +40,29 @@ def ladder(least: float, most: float, reduction: int = REDUCTION) -> tuple[int, 
     return tuple(budgets)
 
 
-_Entry = tuple[float, int]  # (error, id): lists of them are sorted, best first
+_Entry = tuple[float, int]  # (score, id): lists of them are sorted, best first
 
 
 class Rungs:
-    """Who goes on. A budget is of the whole training up to its rung, in any unit."""
+    """Who goes on. A budget is of the whole training up to its rung, in any unit.
 
-    def __init__(self, budgets: Sequence[float], reduction: int = REDUCTION) -> None:
+    Trials of a rung are in the order of their errors there; with `extrapolate`, of the errors that
+    they may have at the next rung (``search.evolution.curves``). With further objectives the order is
+    that of NSGA-II over both (``search.evolution.pareto``).
+    """
+
+    def __init__(
+        self, budgets: Sequence[float], reduction: int = REDUCTION, *, extrapolate: bool = False
+    ) -> None:
         """budgets: ascending; if there is one alone, nothing pauses."""
         assert budgets and all(a < b for a, b in pairwise(budgets)), budgets
         assert reduction > 1, reduction
         self.budgets = tuple(budgets)
         self._reduction = reduction
         self._errors: list[dict[int, float]] = [{} for _ in budgets]
+        self._others: dict[int, tuple[float, ...]] = {}
+        self._several = False  # objectives
+        self._curves = [Continuation() for _ in budgets[:-1]] if extrapolate else []
         self._arrived: list[list[_Entry]] = [[] for _ in budgets]
         self._waiting: list[list[_Entry]] = [[] for _ in budgets]
 
@@ -60,14 +74,40 @@ class Rungs:
         """Of a trial at a rung that it reached."""
         return self._errors[rung][identifier]
 
-    def report(self, identifier: int, rung: int, error: float) -> None:
-        """Trial `identifier` came to `rung`, and waits there unless it is the last one."""
+    def reached(self, identifier: int) -> int:
+        """The highest rung that the trial came to; -1 if it came to none."""
+        return sum(identifier in errors for errors in self._errors) - 1
+
+    def report(
+        self,
+        identifier: int,
+        rung: int,
+        error: float,
+        *,
+        others: tuple[float, ...] = (),
+        curve: Sequence[float] = (),
+        waits: bool = True,
+    ) -> None:
+        """Trial `identifier` came to `rung`, and waits there unless it is the last one.
+
+        others: further objectives; curve: errors after each epoch so far; waits: False if it is for
+        others to let it go on.
+        """
         assert identifier not in self._errors[rung], f"{identifier} came to rung {rung} twice"
         assert not rung or identifier in self._errors[rung - 1], f"{identifier} left a rung out"
         self._errors[rung][identifier] = error
-        insort(self._arrived[rung], (error, identifier))
-        if rung < self.top:
-            insort(self._waiting[rung], (error, identifier))
+        self._others[identifier], self._several = others, bool(others)
+        score = error
+        if self._curves and rung < self.top:
+            score = self._curves[rung].arrived(identifier, error, curve)
+        entry = (score, identifier)
+        insort(self._arrived[rung], entry)
+        if waits and rung < self.top:
+            insort(self._waiting[rung], entry)
+        if others:
+            self._rank(rung)
+        if self._curves and rung and self._curves[rung - 1].went_on(identifier, error):
+            self._rank(rung - 1)
 
     def next_promotion(self) -> tuple[int, int] | None:
         """(id, rung to go to) of the trial to `promote` next; None if none may go on.
@@ -82,10 +122,10 @@ class Rungs:
 
     def promote(self, identifier: int, rung: int) -> None:
         """Trial `identifier` waits no longer below `rung`: it goes there."""
-        waiting, entry = self._waiting[rung - 1], (self.error(identifier, rung - 1), identifier)
-        at = bisect_left(waiting, entry)
-        assert waiting[at : at + 1] == [entry], f"{identifier} does not wait below rung {rung}"
-        del waiting[at]
+        waiting = self._waiting[rung - 1]
+        left = [entry for entry in waiting if entry[1] != identifier]
+        assert len(left) < len(waiting), f"{identifier} does not wait below rung {rung}"
+        self._waiting[rung - 1] = left
 
     def next_in_line(self, most: int) -> list[int]:
         """At most `most` waiting trials, those nearest to going on first: whose checkpoints to keep."""
@@ -97,9 +137,12 @@ class Rungs:
         return [identifier for *_, identifier in sorted(nearest)[:most]]
 
     def best(self) -> tuple[int, float] | None:
-        """(id, error) of the best trial at the highest rung that any has reached."""
-        arrived = next(filter(None, reversed(self._arrived)), None)
-        return None if arrived is None else arrived[0][::-1]
+        """(id, error) of the trial of the lowest error at the highest rung that any has reached."""
+        errors = next(filter(None, reversed(self._errors)), None)
+        if errors is None:
+            return None
+        error, identifier = min((error, identifier) for identifier, error in errors.items())
+        return identifier, error
 
     def places(self) -> dict[int, float]:
         """Place in (0, 1] of each trial, lower is better: comparisons at equal rungs alone.
@@ -108,12 +151,36 @@ class Rungs:
         there, the places they hold among themselves; and so on. So a trial that stopped early is
         compared with all others by what they were at that time.
         """
-        order = [identifier for _, identifier in self._arrived[0]]
-        for errors, arrived in zip(self._errors[1:], self._arrived[1:], strict=True):
-            held = [place for place, identifier in enumerate(order) if identifier in errors]
-            for place, (_, identifier) in zip(held, arrived, strict=True):
-                order[place] = identifier
-        return {identifier: (place + 1) / len(order) for place, identifier in enumerate(order)}
+        first, *higher = map(self._ordered, range(len(self.budgets)))
+        for at_rung in higher:
+            come = set(at_rung)
+            held = [place for place, identifier in enumerate(first) if identifier in come]
+            for place, identifier in zip(held, at_rung, strict=True):
+                first[place] = identifier
+        return {identifier: (place + 1) / len(first) for place, identifier in enumerate(first)}
+
+    def _expected(self, rung: int) -> dict[int, float]:
+        """What the trials of a rung are compared by."""
+        if not self._curves or rung == self.top:
+            return self._errors[rung]
+        return {number: self._curves[rung].expected(number) for number in self._errors[rung]}
+
+    def _ordered(self, rung: int) -> list[int]:
+        """Trials that came to a rung, the first objective alone, best first."""
+        entries = self._arrived[rung]
+        if self._several:
+            entries = sorted((value, number) for number, value in self._expected(rung).items())
+        return [number for _, number in entries]
+
+    def _rank(self, rung: int) -> None:
+        """Order the trials of a rung anew."""
+        scores = self._expected(rung)
+        if self._several:
+            values = np.array([(score, *self._others[n]) for n, score in scores.items()])
+            scores = dict(zip(scores, order(values).tolist(), strict=True))
+        self._arrived[rung] = sorted((score, number) for number, score in scores.items())
+        waiting = {number for _, number in self._waiting[rung]}
+        self._waiting[rung] = [entry for entry in self._arrived[rung] if entry[1] in waiting]
 
 
 @dataclass(frozen=True)
@@ -154,24 +221,41 @@ class Halving(Generic[G]):
         self.rungs.promote(identifier, rung)
         return self._begun(self.evolution.proposals[identifier], rung)
 
-    def tell(self, identifier: int, outcome: Outcome) -> Outcome:
+    def tell(
+        self,
+        identifier: int,
+        outcome: Outcome,
+        curve: Sequence[float] = (),
+        *,
+        waits: bool = True,
+    ) -> Outcome:
         """Report the stage that trial `identifier` was in; returns the outcome as it was taken.
 
         Fitness: the lowest error so far. A trial that fails at a higher rung stays judged by those it
-        has reached, and goes on no more.
+        has reached, and goes on no more. curve, waits: see `Rungs.report`.
         """
-        outcome, rung = checked(outcome), self._running.pop(identifier)
-        if isinstance(outcome, Failure):
-            return outcome if rung else self.evolution.tell(identifier, outcome)
-        error = outcome.fitness
+        rung = self._running.pop(identifier)
+        outcome = checked(outcome) if rung else self.evolution.tell(identifier, outcome)
+        if isinstance(outcome, Success):
+            self._report(identifier, rung, outcome, curve, waits)
+        return outcome
+
+    def migrated(
+        self, identifier: int, rung: int, outcome: Outcome, curve: Sequence[float] = ()
+    ) -> None:
+        """A trial of another search, known to the evolution, came to `rung`; there it waits, if so."""
+        if isinstance(outcome, Success):
+            self._report(identifier, rung, outcome, curve, waits=False)
+
+    def _report(
+        self, identifier: int, rung: int, outcome: Success, curve: Sequence[float], waits: bool
+    ) -> None:
+        error, others = outcome.fitness, outcome.others
         if rung:  # an earlier model of it is still there
             error = min(error, self.rungs.error(identifier, rung - 1))
-        self.rungs.report(identifier, rung, error)
-        if not rung:
-            self.evolution.tell(identifier, outcome)
+        self.rungs.report(identifier, rung, error, others=others, curve=curve, waits=waits)
         if self.rungs.top:
             self.evolution.revise(self.rungs.places())
-        return outcome
 
     def best(self) -> tuple[int, float] | None:
         """(id, error) at the highest rung so far; None if nothing has succeeded."""

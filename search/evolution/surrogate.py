@@ -10,17 +10,19 @@ make it immune to outliers and to the unit of the fitness.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import islice
-from typing import Any, Generic, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
-from sklearn.svm import SVC
+from threadpoolctl import ThreadpoolController
 
 from search.base import G, Space, Vector
 from search.evolution.pareto import order
-from search.evolution.regression import Regression, Running
+
+if TYPE_CHECKING:
+    from search.evolution.regression import Regression, Running
 
 Values = tuple[float, ...]  # fitness and further objectives, lower is better
 
@@ -61,6 +63,7 @@ class Surrogate(Generic[G]):
         self._running: Running | None = None  # made anew when the model or what runs is another
         self._failures: Any = None
         self._spread = 1.0
+        _models()  # now, not when a worker waits for the first fit
 
     def asked(self, identifier: int, genome: G) -> None:
         """A genome whose evaluation begins."""
@@ -88,6 +91,10 @@ class Surrogate(Generic[G]):
 
     def judge(self, genomes: Sequence[G]) -> Judgement | None:
         """None while too little is known."""
+        with _libraries().limit(limits=1, user_api="blas"):
+            return self._judged(genomes)
+
+    def _judged(self, genomes: Sequence[G]) -> Judgement | None:
         if self._unfitted is not None:
             self._fit(*self._unfitted)
             self._unfitted = self._running = None
@@ -124,22 +131,47 @@ class Surrogate(Generic[G]):
 
     def _fit(self, rows: list[int], ranks: Vector, failed: list[int]) -> None:
         x = np.array([self._points[row] for row in rows])
-        places = (rankdata(ranks) - 0.5) / len(ranks)
+        places = (_ranked(ranks) - 0.5) / len(ranks)
         self._spread = float(places.std()) or 1.0
-        self._model = Regression(x, (places - 0.5) / self._spread)
+        regression, classifier = _models()
+        self._model = regression(x, (places - 0.5) / self._spread)
         self._failures = None
         if failed:
             both = np.concatenate([x, [self._points[row] for row in failed]])
             label = np.arange(len(both)) >= len(x)
-            self._failures = SVC(C=PENALTY, class_weight="balanced", gamma=_gamma(both))
+            self._failures = classifier(C=PENALTY, class_weight="balanced", gamma=_gamma(both))
             self._failures.fit(both, label)
+
+
+@cache
+def _models() -> tuple[type[Regression], Any]:
+    """Regression and classifier. Workers come upon this module too, by way of evolution's types; they
+    do without scipy and scikit-learn, a quarter of the time that they take to start."""
+    from sklearn.svm import SVC
+
+    from search.evolution.regression import Regression
+
+    return Regression, SVC
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    """Of this process, to keep BLAS at one thread: for matrices this small more are slower, beside
+    busy workers by a factor of ten; and what it finds does not depend on the number of cores."""
+    return ThreadpoolController()
 
 
 def _ranks(values: Sequence[Values]) -> Vector:
     """(n,) places; several objectives: by NSGA-II's order."""
     if max(map(len, values)) > 1:
         return order(np.array(values)).astype(np.float64)
-    found: Vector = rankdata([fitness for (fitness,) in values])
+    return _ranked(np.array([fitness for (fitness,) in values]))
+
+
+def _ranked(values: Vector) -> Vector:
+    """(n,) places from 1; equal values share the mean of theirs."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    found: Vector = (np.cumsum(counts) - 0.5 * (counts - 1))[which]
     return found
 
 

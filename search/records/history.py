@@ -66,6 +66,11 @@ class Evaluation:
         return int(self.metrics.get("rung", 0))
 
     @property
+    def curve(self) -> tuple[float, ...]:
+        """Errors after each epoch so far, where they are extrapolated."""
+        return tuple(self.metrics.get("curve", ()))
+
+    @property
     def name(self) -> str:
         """Unique in a run: the id, on an island with its name."""
         return str(self.id) if self.island == MAIN else f"{self.island}:{self.id}"

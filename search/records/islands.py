@@ -20,7 +20,8 @@ from typing import Any
 import xxhash
 
 from dmi_hpc.errors import TRANSIENT, DMIError, RunError
-from search.evolution.evolve import Evolution, Proposal
+from search.evolution.evolve import Proposal, Success
+from search.evolution.fidelity import Halving
 from search.records.history import MAIN, Evaluation, Reader, journals
 from search.records.journal import Journal, adopt, outcome_fields
 
@@ -48,15 +49,19 @@ def island_seed(seed: int, island: str) -> int:
 class Islands:
     """The other searches of a run. `refused`: journals that are not taken note of, and why."""
 
-    def __init__(self, search: Path, name: str, evolution: Evolution[Any], data: str) -> None:
-        """search: ``RUN/search``; data: identity of the shard set."""
+    def __init__(
+        self, search: Path, name: str, halving: Halving[Any], data: str, rungs: list[Any]
+    ) -> None:
+        """search: ``RUN/search``; data: identity of the shard set; rungs: as in the journal's header."""
         self.refused: dict[str, str] = {}
         self.finished = 0  # evaluations elsewhere, as far as they are known here
-        self._search, self._name, self._evolution, self._data = search, name, evolution, data
-        self._space = evolution.space.fingerprint()
+        self._search, self._name, self._data, self._rungs = search, name, data, rungs
+        self._halving, self._evolution = halving, halving.evolution
+        self._space = self._evolution.space.fingerprint()
         self._readers: dict[str, Reader] = {}
         self._fresh: dict[str, Evaluation] = {}  # by hash: read, and not yet judged
         self._known: dict[str, Evaluation] = {}  # by hash: not taken in
+        self._risen: list[Evaluation] = []  # at higher rungs: read, and not yet judged
         self._due = 0.0
 
     def poll(self) -> None:
@@ -81,9 +86,11 @@ class Islands:
         if reader.header and (reason := self._foreign(reader)):
             self.refused[reader.island] = f"{reader.path}: {reason}; its results are not used here"
             return
-        self.finished += len(found)
         for evaluation in found:
-            if evaluation.failure not in TRANSIENT:  # they say nothing about a network
+            self.finished += not evaluation.rung
+            if evaluation.rung:
+                self._risen.append(evaluation)
+            elif evaluation.failure not in TRANSIENT:  # they say nothing about a network
                 self._fresh.setdefault(evaluation.hash, evaluation)
 
     def _foreign(self, reader: Reader) -> str:
@@ -92,13 +99,22 @@ class Islands:
             return "its search space is another one"
         if reader.header["config"].get("data", "") != self._data:
             return "it was made with another data set"
+        if reader.header["config"].get("rungs", []) != self._rungs:
+            return "its trials pause at other rungs"
         return ""
 
     def exchange(self, journal: Journal) -> None:
         """Take in what is new elsewhere. Each is in `journal` before it has an effect."""
         self.poll()
-        if not self._fresh:
-            return
+        if self._fresh:
+            self._exchange(journal)
+        if self._risen:
+            numbers = {p.hash: p.id for p in self._evolution.proposals.values() if p.id < 0}
+            for evaluation in self._risen:
+                self._let_rise(numbers.get(evaluation.hash), evaluation, journal)
+            self._risen = []
+
+    def _exchange(self, journal: Journal) -> None:
         proposals = self._evolution.proposals
         mine = {proposal.hash for proposal in proposals.values()}
         taken = max(0, -min(proposals, default=0))
@@ -131,10 +147,22 @@ class Islands:
             **{"from": source},
             genome=evaluation.genome,
             hash=evaluation.hash,
+            curve=list(evaluation.curve),
             **result,
         )
         proposal = Proposal(number, genome, "migrant", (), evaluation.hash)
         adopt(self._evolution, proposal, evaluation.outcome)
+        self._halving.migrated(number, 0, evaluation.outcome, evaluation.curve)
+
+    def _let_rise(self, number: int | None, evaluation: Evaluation, journal: Journal) -> None:
+        """A migrant came to its next rung: its error there counts among those of our own trials."""
+        if number is None or not isinstance(evaluation.outcome, Success):
+            return
+        if self._halving.rungs.reached(number) != evaluation.rung - 1:  # another island was first
+            return
+        result, curve = outcome_fields(evaluation.outcome), list(evaluation.curve)
+        journal.record("risen", id=number, rung=evaluation.rung, curve=curve, **result)
+        self._halving.migrated(number, evaluation.rung, evaluation.outcome, curve)
 
     def known(self, identity: str) -> Evaluation | None:
         """The evaluation of this genome elsewhere, if there was one."""

@@ -256,11 +256,16 @@ def _apply(event: Mapping[str, Any], halving: Halving[Any], validity: _Validity 
     elif kind == "tell" and event["id"] in evolution.proposals:
         if not halving.is_running(event["id"]):
             raise RunError(f"proposal {event['id']} was told twice: did two searches write here?")
-        halving.tell(event["id"], outcome_of(event))
+        metrics = event.get("metrics", {})
+        waits = "evaluated_as" not in metrics
+        halving.tell(event["id"], outcome_of(event), metrics.get("curve", ()), waits=waits)
     elif kind == "promote" and event["id"] in evolution.proposals:
         halving.restore_promotion(event["id"], event["rung"])
     elif kind == "migrant":
         adopt(evolution, _proposal(event, "migrant", evolution.space, validity), outcome_of(event))
+        halving.migrated(event["id"], 0, outcome_of(event), event.get("curve", ()))
+    elif kind == "risen" and event["id"] in evolution.proposals:
+        halving.migrated(event["id"], event["rung"], outcome_of(event), event["curve"])
 
 
 def _proposal(

@@ -29,11 +29,13 @@ ORIGIN = "origin.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network; epochs: its own and those of the ancestors whose weights it began with."""
+    """A trained network; epochs: its own and those of the ancestors whose weights it began with;
+    error: of validation, in the task's unit."""
 
     network: NetworkSpec
     weights: dict[str, torch.Tensor]
     epochs: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,17 @@ class Kept:
 
     def save_weights(self, number: int, trained: Trained) -> None:
         """Replace those of the trial, whole or not at all."""
-        about = {"network": trained.network.model_dump_json(), "epochs": repr(trained.epochs)}
+        about = {
+            "network": trained.network.model_dump_json(),
+            "epochs": repr(trained.epochs),
+            "error": repr(trained.error),
+        }
         with atomic_file(self._weights / f"{number}.safetensors") as temp:
             save_file(trained.weights, temp, metadata=about)
 
     def weights(self, number: int) -> Trained | None:
-        """Those of the trial; None if none are kept. CheckpointError if they cannot be read."""
+        """Those of the trial; None if none are kept, or without their error, as an earlier version did.
+        CheckpointError if they cannot be read."""
         path = self._weights / f"{number}.safetensors"
         if not path.exists():
             return None
@@ -85,12 +92,19 @@ class Kept:
             with safe_open(path, framework="pt") as file:
                 about: dict[str, str] = file.metadata() or {}
             network = NetworkSpec.model_validate_json(about["network"])
-            return Trained(network, load_file(path), float(about["epochs"]))
+            if "error" not in about:
+                return None
+            epochs, error = float(about["epochs"]), float(about["error"])
+            return Trained(network, load_file(path), epochs, error)
         except (SafetensorError, OSError, KeyError, ValidationError) as error:
             raise CheckpointError(
                 f"{path}: expected the weights of a trial, found: {error}. Remove the file: children "
                 "of that trial then begin anew"
             ) from None
+
+    def forget(self, number: int) -> None:
+        """Remove the checkpoints of a trial, if it has any. By the driver alone."""
+        shutil.rmtree(self._trials / str(number), ignore_errors=True)
 
     def prune(self, trials: Collection[int], parents: Collection[int]) -> None:
         """Remove the checkpoints of all but `trials` (that run or wait to go on), and the weights of

@@ -18,7 +18,14 @@ from search.records.provenance import code_version, process
 
 # what a fitness does not depend on
 _FREE_TABLES = {"name", "seed", "data", "model", "launch"}
-_FREE_KEYS = {"population", "initial", "surrogate"}  # of [search]
+_FREE_KEYS = {
+    "population",
+    "initial",
+    "surrogate",
+    "adaptive",
+    "replacement",
+    "patience",
+}  # of [search]
 
 
 def merge(places: Sequence[Path], out: Path) -> tuple[Run, int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 from dmi_hpc.config import ModelConfig, Recipe, with_train
 from dmi_hpc.models.space import HyperValue
 from dmi_hpc.models.spec import NetworkSpec
+from search.spaces.genome import Genome
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -28,6 +29,13 @@ def training_recipe(
         "train": with_train(recipe, changes, where="hyper-parameters of the search"),
     }
     return recipe.model_copy(update=update)
+
+
+def trained_with(genome: Genome, metrics: Mapping[str, Any]) -> dict[str, HyperValue]:
+    """[train] keys of an evaluated network: its hyper-parameters, and in how many parts memory let a
+    batch be computed, if in more than the recipe says. metrics: those of its trial."""
+    parts = metrics.get("accumulation")
+    return {**dict(genome.hyper), **({} if parts is None else {"accumulation": int(parts)})}
 
 
 def to_toml(recipe: Recipe) -> str:

@@ -30,7 +30,7 @@ from dmi_hpc.world import World
 from search.evolution.pareto import front
 from search.records.history import Evaluation, best_first, evaluations
 from search.results.calibration import calibrated, judged, nll
-from search.results.recipes import to_toml, training_recipe
+from search.results.recipes import to_toml, trained_with, training_recipe
 from search.results.training_process import trained
 from search.spaces.genome import decode, from_json
 from search.spaces.recipe import recipe_space
@@ -89,7 +89,8 @@ def prepare(run: Run, members: Sequence[Member]) -> Path:
     for member in members:
         genome = from_json(member.found.genome)
         network = decode(genome, space.network)
-        recipe = training_recipe(run.recipe, run.data, network, dict(genome.hyper), member.seed)
+        hyper = trained_with(genome, member.found.metrics)
+        recipe = training_recipe(run.recipe, run.data, network, hyper, member.seed)
         named = recipe.model_copy(update={"name": f"{run.recipe.name}-{member.name}"})
         with writing(folder):
             write_text(folder / f"{member.name}.toml", to_toml(named))

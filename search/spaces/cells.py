@@ -18,7 +18,7 @@ import xxhash
 
 from dmi_hpc.errors import RecipeError
 from search.base import Vector
-from search.spaces.space import pick
+from search.spaces.draw import pick
 
 Links = tuple[tuple[int, ...], ...]  # of node i (from 1): what it reads, ascending; 0 is the input
 
@@ -185,6 +185,11 @@ class Cells:
     def stepped(self, parent: Cell, rng: np.random.Generator) -> Cell:
         """Another operation in one node."""
         return self._normal(self._changed(parent, rng) if parent.links else parent)
+
+    def restructured(self, parent: Cell, rng: np.random.Generator) -> Cell:
+        """A node comes, goes or reads something else, two operations swap places."""
+        moves = [move for move in self._moves(parent) if move != self._changed]
+        return self._normal(pick(moves, rng)(parent, rng)) if moves else self.stepped(parent, rng)
 
     def identity(self, genome: Cell) -> str:
         return xxhash.xxh3_128_hexdigest(repr(tuple(genome)).encode())

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from math import log, log2, log10
 from typing import Generic, get_args
 
 import numpy as np
 
-from dmi_hpc.models.cost import cost
 from dmi_hpc.models.space import Choice, HyperValue, Parameter, SearchSpace, SkipName
-from dmi_hpc.models.spec import ActivationName, CellName, NormName, PoolName, ReadoutName
+from dmi_hpc.models.spec import (
+    ActivationName,
+    CellName,
+    GraphConvName,
+    GraphReadoutName,
+    NormName,
+    PoolName,
+    ReadoutName,
+)
 from search.base import G, Vector
 from search.spaces.genes import KERNELS
-from search.spaces.genome import ConvGene, DenseGene, Genome, RecurrentGene, as_number, decode
+from search.spaces.genome import ConvGene, DenseGene, Genome, GraphGene, RecurrentGene, as_number
+from search.spaces.sizes import Sizes
 from search.spaces.space import position_of
 
 # relative scales of the surrogate's features, about [0, 1] else (benchmarks/search_tables.py and the
@@ -22,7 +29,8 @@ from search.spaces.space import position_of
 SLOT_WEIGHT = 0.1
 HYPER_WEIGHT = 2.0
 
-_ACTIVATIONS: tuple[str, ...] = get_args(ActivationName)
+# softplus came later: it is none of these
+_ACTIVATIONS: tuple[str, ...] = tuple(n for n in get_args(ActivationName) if n != "softplus")
 _NORMS: tuple[str, ...] = get_args(NormName)
 _POOLS: tuple[str, ...] = get_args(PoolName)
 _READOUTS: tuple[str, ...] = get_args(ReadoutName)
@@ -57,9 +65,17 @@ _RECURRENT_NAMES = (
     *(f"cell_{n}" for n in _CELLS),
     "bidirectional",
 )
-
-
-_KNOWN = 10_000  # networks whose sizes are kept
+_GRAPH_CONVS: tuple[str, ...] = get_args(GraphConvName)
+_GRAPH_READOUTS: tuple[str, ...] = get_args(GraphReadoutName)
+_GRAPH_NAMES = (
+    "present",
+    "log2_channels",
+    "dropout",
+    *(f"norm_{n}" for n in _NORMS),
+    *(f"activation_{n}" for n in _ACTIVATIONS),
+    *(f"op_{n}" for n in _GRAPH_CONVS),
+    *(f"skip_{n}" for n in _SKIPS),
+)
 
 
 class Features:
@@ -76,70 +92,71 @@ class Features:
         self._conv = [_Blocks("conv", conv, _CONV_NAMES, _conv_numbers)]
         self._dense = [_Blocks("dense", dense, _DENSE_NAMES, _dense_numbers)]
         self._recurrent: list[_Blocks[RecurrentGene]] = []
+        self._graph: list[_Blocks[GraphGene]] = []
+        if network.graph is not None:
+            most = network.graph_blocks[1]
+            self._graph.append(_Blocks("graph", most, _GRAPH_NAMES, _graph_numbers))
         if len(network.skips) > 1 or len(network.branches) > 1:
             self._conv.append(_Blocks("conv", conv, _CONV_SHAPES, _conv_shape))
         if len(network.dense_skips) > 1:
             self._dense.append(_Blocks("dense", dense, _DENSE_SHAPES, _dense_shape))
         if most := network.recurrent_blocks[1]:
             self._recurrent.append(_Blocks("recurrent", most, _RECURRENT_NAMES, _recurrent_numbers))
-        self._networks: dict[Genome, list[float]] = {}
+        self._sizes = Sizes(network)
+        self._hyper = _Hyper(space)
         self.names = self._names()
 
     def __call__(self, genome: Genome) -> Vector:
         """(len(names),) float64."""
-        conv = [part(genome.conv) for part in self._conv]
-        dense = [part(genome.dense) for part in self._dense]
-        recurrent = [part(genome.recurrent) for part in self._recurrent]
-        later = [*conv[1:], *dense[1:], *recurrent, self._later(genome)]
-        return np.concatenate([self._whole(genome), conv[0], dense[0], self._hyper(genome), *later])
+        found: Vector = self.matrix([genome])[0]
+        return found
 
     def matrix(self, genomes: Sequence[Genome]) -> Vector:
         """(len(genomes), len(names)) float64."""
-        return np.array([self(genome) for genome in genomes]).reshape(-1, len(self.names))
+        if not genomes:
+            return np.empty((0, len(self.names)))
+        conv = [part([genome.conv for genome in genomes]) for part in self._conv]
+        dense = [part([genome.dense for genome in genomes]) for part in self._dense]
+        recurrent = [part([genome.recurrent for genome in genomes]) for part in self._recurrent]
+        parts = [genome.graph.blocks if genome.graph else () for genome in genomes]
+        graph = [part(parts) for part in self._graph]
+        whole = np.array([self._whole(genome) for genome in genomes])
+        hyper = np.array([self._hyper(genome) for genome in genomes])
+        later = np.array([self._later(genome) for genome in genomes])
+        return np.hstack(
+            [whole, conv[0], dense[0], hyper, *conv[1:], *dense[1:], *recurrent, *graph, later]
+        )
 
     def _names(self) -> tuple[str, ...]:
         names = ["conv_blocks", "dense_blocks", "log_parameters", "log_flops", "log_activations"]
         names += [f"readout_{name}" for name in _READOUTS]
         names += [*self._conv[0].names, *self._dense[0].names]
-        for name, parameter in sorted(self._space.hyper.items()):
-            if isinstance(parameter, Choice) and not parameter.ordered:
-                names += [f"{name}_{value}" for value in parameter.values]
-            else:
-                names.append(name)
-        for later in (self._conv[1:], self._dense[1:], self._recurrent):
+        names += self._hyper.names
+        for later in (self._conv[1:], self._dense[1:], self._recurrent, self._graph):
             names += [name for part in later for name in part.names]
         network = self._space.network
         names += ["readout_last"] * ("last" in network.readouts)
         names += ["decoder_skip"] * network.map_output
+        if network.graph is not None:
+            names += ["graph_blocks", "log2_embedding"]
+            names += [f"graph_readout_{name}" for name in _GRAPH_READOUTS]
         return tuple(names)
 
     def _whole(self, genome: Genome) -> list[float]:
-        # most candidates have the network of another one, and other hyper-parameters
-        network = replace(genome, hyper=())
-        known = self._networks.get(network)
-        if known is None:
-            found = cost(decode(network, self._space.network))
-            blocks = zip((genome.conv, genome.dense), self._depths, strict=True)
-            depths = [len(genes) / most for genes, most in blocks]
-            sizes = [log10(n) / 10 for n in (found.parameters, found.flops, found.activations)]
-            known = [*depths, *sizes, *_one_hot(genome.readout, _READOUTS)]
-            if len(self._networks) >= _KNOWN:
-                self._networks.clear()
-            self._networks[network] = known
-        return known
-
-    def _hyper(self, genome: Genome) -> list[float]:
-        values, numbers = dict(genome.hyper), list[float]()
-        for name, parameter in sorted(self._space.hyper.items()):
-            numbers += (
-                _hyper_numbers(values[name], parameter) if name in values else _absent(parameter)
-            )
-        return numbers
+        found = self._sizes(genome)
+        blocks = zip((genome.conv, genome.dense), self._depths, strict=True)
+        depths = [len(genes) / most for genes, most in blocks]
+        sizes = [log10(n) / 10 for n in (found.parameters, found.flops, found.activations)]
+        return [*depths, *sizes, *_one_hot(genome.readout, _READOUTS)]
 
     def _later(self, genome: Genome) -> list[float]:
         network = self._space.network
         numbers = [float(genome.readout == "last")] * ("last" in network.readouts)
-        return numbers + [float(genome.decoder == "skip")] * network.map_output
+        numbers += [float(genome.decoder == "skip")] * network.map_output
+        if (part := genome.graph) is not None:
+            depth = len(part.blocks) / max(1, network.graph_blocks[1])
+            numbers += [depth, log2(part.embedding) / 10, *_one_hot(part.readout, _GRAPH_READOUTS)]
+        return numbers
 
 
 class _Blocks(Generic[G]):
@@ -152,15 +169,18 @@ class _Blocks(Generic[G]):
         self._slots, self._width, self._numbers = slots, len(fields), numbers
         self._known: dict[G, Vector] = {}
 
-    def __call__(self, genes: Sequence[G]) -> Vector:
-        result = np.zeros((self._slots + 1, self._width))
-        if genes:
-            vectors = np.array([self._vector(gene) for gene in genes])
-            result[0] = vectors.sum(axis=0) / max(1, self._slots)
-            # a founder may be deeper than the space: its last blocks show in the sum alone
-            shown = vectors[: self._slots]
-            result[1 : 1 + len(shown)] = SLOT_WEIGHT * shown
-        return result.ravel()
+    def __call__(self, chains: Sequence[Sequence[G]]) -> Vector:
+        """(len(chains), len(names)): of the blocks of each network."""
+        depths = np.array([len(genes) for genes in chains])
+        blocks = np.zeros((len(chains), max(self._slots, depths.max()), self._width))
+        vectors = [self._vector(gene) for genes in chains for gene in genes]
+        if vectors:
+            present = np.arange(blocks.shape[1]) < depths[:, None]
+            blocks[present] = np.array(vectors)
+        total = blocks.sum(axis=1, keepdims=True) / max(1, self._slots)
+        # a founder may be deeper than the space: its last blocks show in the sum alone
+        shown = SLOT_WEIGHT * blocks[:, : self._slots]
+        return np.concatenate([total, shown], axis=1).reshape(len(chains), -1)
 
     def _vector(self, gene: G) -> Vector:
         vector = self._known.get(gene)
@@ -169,11 +189,38 @@ class _Blocks(Generic[G]):
         return vector
 
 
+class _Hyper:
+    """Numbers of the hyper-parameters of a genome, those without a value there included."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        self._parameters = sorted(space.hyper.items())
+        self._absent = [_absent(parameter) for _, parameter in self._parameters]
+        self._known: dict[tuple[str, HyperValue], list[float]] = {}  # values have 3 digits: few
+        self.names: list[str] = []
+        for name, parameter in self._parameters:
+            if isinstance(parameter, Choice) and not parameter.ordered:
+                self.names += [f"{name}_{value}" for value in parameter.values]
+            else:
+                self.names.append(name)
+
+    def __call__(self, genome: Genome) -> list[float]:
+        values, numbers = dict(genome.hyper), list[float]()
+        for (name, parameter), absent in zip(self._parameters, self._absent, strict=True):
+            if name not in values:
+                numbers += absent
+                continue
+            known = self._known.get((name, values[name]))
+            if known is None:
+                known = self._known[name, values[name]] = _hyper_numbers(values[name], parameter)
+            numbers += known
+        return numbers
+
+
 def _one_hot(value: HyperValue, values: Sequence[HyperValue]) -> list[float]:
     return [float(value == v) for v in values]
 
 
-def _size(width: int, gene: ConvGene | DenseGene) -> list[float]:
+def _size(width: int, gene: ConvGene | DenseGene | GraphGene) -> list[float]:
     numbers = [1.0, log2(width) / 10, 2 * gene.dropout, *_one_hot(gene.norm, _NORMS)]
     return numbers + _one_hot(gene.activation, _ACTIVATIONS)
 
@@ -200,6 +247,11 @@ def _dense_shape(gene: DenseGene) -> list[float]:
 def _recurrent_numbers(gene: RecurrentGene) -> list[float]:
     numbers = [1.0, log2(gene.units) / 10, 2 * gene.dropout, *_one_hot(gene.cell, _CELLS)]
     return [*numbers, float(gene.bidirectional)]
+
+
+def _graph_numbers(gene: GraphGene) -> list[float]:
+    numbers = [*_size(gene.channels, gene), *_one_hot(gene.op, _GRAPH_CONVS)]
+    return [*numbers, *_one_hot(gene.skip, _SKIPS)]
 
 
 def _hyper_numbers(value: HyperValue, parameter: Parameter) -> list[float]:

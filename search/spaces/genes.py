@@ -10,6 +10,8 @@ from dmi_hpc.models.space import DecoderName, HyperValue, Kernel, ReadoutChoice,
 from dmi_hpc.models.spec import (
     ActivationName,
     CellName,
+    GraphConvName,
+    GraphReadoutName,
     NormName,
     PaddingName,
     PoolName,
@@ -71,13 +73,35 @@ class DenseGene:
     skip: SkipName | None = None
 
 
-Gene = ConvGene | RecurrentGene | DenseGene
+@dataclass(frozen=True, slots=True)
+class GraphGene:
+    """Graph convolution, [norm], activation, [dropout]; skip: the connection around the first two."""
+
+    op: GraphConvName
+    channels: int
+    norm: NormName | None
+    activation: ActivationName
+    dropout: float
+    skip: SkipName | None = None
+
+
+Gene = ConvGene | RecurrentGene | DenseGene | GraphGene
+
+
+@dataclass(frozen=True, slots=True)
+class GraphPart:
+    """Of a network of graphs, from its input to its readout; embedding: units on each node."""
+
+    embedding: int
+    blocks: tuple[GraphGene, ...]
+    readout: GraphReadoutName
 
 
 @dataclass(frozen=True, slots=True)
 class Genome:
     """Convolution blocks, readout, dense blocks, hyper-parameters, and since a later version
-    recurrent blocks (before the readout) and the decoder.
+    recurrent blocks (before the readout), the decoder, and what is before the dense blocks of networks
+    of graphs, which have nothing else there.
 
     readout: ``None`` for vector inputs and map outputs. hyper: (name, value) pairs, sorted by name.
     decoder: of networks with a map as output, else ``None``.
@@ -89,6 +113,7 @@ class Genome:
     hyper: tuple[tuple[str, HyperValue], ...]
     recurrent: tuple[RecurrentGene, ...] = ()
     decoder: DecoderName | None = None
+    graph: GraphPart | None = None
 
 
 def to_json(genome: Genome) -> dict[str, Any]:
@@ -103,6 +128,14 @@ def to_json(genome: Genome) -> dict[str, Any]:
         data["recurrent"] = [_written(gene) for gene in genome.recurrent]
     if genome.decoder is not None:
         data["decoder"] = genome.decoder
+    if genome.graph is not None:
+        part = genome.graph
+        blocks = [_written(gene) for gene in part.blocks]
+        data["graph"] = {
+            "embedding": part.embedding,
+            "blocks": blocks,
+            "readout": part.readout,
+        }
     return data
 
 
@@ -115,6 +148,7 @@ def from_json(data: Mapping[str, Any]) -> Genome:
         tuple(sorted(data["hyper"].items())),
         tuple(RecurrentGene(**gene) for gene in data.get("recurrent", ())),
         data.get("decoder"),
+        _graph_part(**data["graph"]) if "graph" in data else None,
     )
 
 
@@ -125,6 +159,10 @@ def _written(gene: Gene) -> dict[str, Any]:
         if field.default is MISSING or value != field.default:
             written[field.name] = list(value) if isinstance(value, tuple) else value
     return written
+
+
+def _graph_part(*, embedding: int, blocks: Any, readout: GraphReadoutName) -> GraphPart:
+    return GraphPart(embedding, tuple(GraphGene(**gene) for gene in blocks), readout)
 
 
 def _conv_gene(*, branches: Any = (), **others: Any) -> ConvGene:

@@ -33,6 +33,8 @@ from search.spaces.genes import (
     ConvGene,
     DenseGene,
     Genome,
+    GraphGene,
+    GraphPart,
     RecurrentGene,
     from_json,
     parallel_kernels,
@@ -45,6 +47,8 @@ __all__ = [
     "ConvGene",
     "DenseGene",
     "Genome",
+    "GraphGene",
+    "GraphPart",
     "RecurrentGene",
     "canonical",
     "decode",
@@ -123,6 +127,7 @@ def canonical(genome: Genome, space: SearchSpace) -> Genome:
         ),
         genome.recurrent,
         _normal_decoder(genome, conv, network),
+        genome.graph,
     )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import TypeVar
 
 from dmi_hpc.errors import NetworkError
-from dmi_hpc.models.space import DecoderName, HyperValue, NetworkSpace, SkipName
+from dmi_hpc.models.space import DecoderName, HyperValue, NetworkSpace
 from dmi_hpc.models.spec import (
     Activation,
     ActivationName,
@@ -23,12 +22,13 @@ from dmi_hpc.models.spec import (
     Pool,
     Readout,
     Recurrent,
-    Residual,
     Shape,
     Upsample,
     shapes,
 )
+from search.spaces.cursor import GRAMMAR, Layers, around
 from search.spaces.genes import ConvGene, DenseGene, Genome, RecurrentGene
+from search.spaces.graph_grammar import graph_layers, graph_part
 
 POOL_SIZE = 2
 GENES_KEPT = 4096  # whose layers are not made again: children share most genes with their parents
@@ -45,6 +45,7 @@ def decode(genome: Genome, network: NetworkSpace) -> NetworkSpec:
         layers=tuple(layers),
         outputs=network.outputs,
         map_output=network.map_output,
+        graph=network.graph,
     )
 
 
@@ -61,6 +62,8 @@ def _to_vector(genome: Genome) -> list[Layer]:
             Recurrent(cell=cell.cell, units=cell.units, bidirectional=cell.bidirectional, last=last)
         )
         layers += _dropout(cell.dropout)
+    if genome.graph is not None:
+        layers += graph_layers(genome.graph)
     if genome.readout and genome.readout != "last":
         layers.append(Readout(op=genome.readout))
     for dense in genome.dense:
@@ -84,21 +87,21 @@ def _encoder_decoder(
         *_encoder_decoder(rest, decoder, tuple(n // POOL_SIZE for n in extents)),
         Upsample(size=extents),
     )
-    across = _around(below, "dense") if decoder == "skip" else below
+    across = around(below, "dense") if decoder == "skip" else below
     return [*block, *across, *block]
 
 
 @lru_cache(GENES_KEPT)
 def _conv_layers(gene: ConvGene) -> tuple[Layer, ...]:
     """A block up to its activation."""
-    return _around((_weights(gene), *_after_weights(gene.norm, gene.activation)), gene.skip)
+    return around((_weights(gene), *_after_weights(gene.norm, gene.activation)), gene.skip)
 
 
 @lru_cache(GENES_KEPT)
 def _dense_layers(gene: DenseGene) -> tuple[Layer, ...]:
     weights = Dense(units=gene.units)
     inside = (weights, *_after_weights(gene.norm, gene.activation))
-    return (*_around(inside, gene.skip), *_dropout(gene.dropout))
+    return (*around(inside, gene.skip), *_dropout(gene.dropout))
 
 
 def _weights(gene: ConvGene) -> Layer:
@@ -124,16 +127,6 @@ def _dropout(rate: float) -> list[Layer]:
     return [Dropout(rate=rate)] if rate else []
 
 
-def _around(layers: tuple[Layer, ...], skip: SkipName | None) -> tuple[Layer, ...]:
-    match skip:
-        case "residual":
-            return (Residual(layers=layers),)
-        case "dense":
-            return (Parallel(branches=((), layers)),)
-        case None:
-            return layers
-
-
 def encode(
     spec: NetworkSpec, network: NetworkSpace, hyper: Mapping[str, HyperValue] | None = None
 ) -> Genome:
@@ -143,21 +136,25 @@ def encode(
     its layers do not follow the block grammar (see ``NetworkSpace``).
     """
     shapes(spec)
-    for name in ("input_shape", "outputs", "map_output"):
+    for name in ("input_shape", "outputs", "map_output", "graph"):
         found, expected = getattr(spec, name), getattr(network, name)
         if found != expected:
             raise NetworkError(f"{name} of the network is {found}, the search space has {expected}")
     pairs = tuple(sorted((hyper or {}).items()))
-    layers = _Layers(spec.layers)
-    genome = _map_genome(layers, network) if network.map_output else _vector_genome(layers)
+    layers = Layers(spec.layers)
+    if network.graph is not None:
+        part = graph_part(layers)
+        genome = Genome((), None, _dense_genes(layers), (), graph=part)
+    else:
+        genome = _map_genome(layers, network) if network.map_output else _vector_genome(layers)
     layers.require_end()
     genome = replace(genome, hyper=pairs)
     if network.map_output and decode(genome, network) != spec:
-        raise NetworkError(f"its layers are no symmetric encoder-decoder. {_GRAMMAR}")
+        raise NetworkError(f"its layers are no symmetric encoder-decoder. {GRAMMAR}")
     return genome
 
 
-def _vector_genome(layers: _Layers) -> Genome:
+def _vector_genome(layers: Layers) -> Genome:
     conv: list[ConvGene] = []
     while (gene := _conv_gene(layers)) is not None:
         pool = layers.take(Pool)
@@ -170,23 +167,27 @@ def _vector_genome(layers: _Layers) -> Genome:
         last = cell.last
         recurrent.append(RecurrentGene(cell.cell, cell.units, cell.bidirectional, layers.dropout()))
     readout = layers.take(Readout)
+    op = "last" if last else readout.op if readout else None
+    return Genome(tuple(conv), op, _dense_genes(layers), (), tuple(recurrent))
+
+
+def _dense_genes(layers: Layers) -> tuple[DenseGene, ...]:
     dense: list[DenseGene] = []
     while (block := layers.block(lambda layer: isinstance(layer, Dense))) is not None:
         assert isinstance(block.weights, Dense)
         units, rate = block.weights.units, layers.dropout()
         dense.append(DenseGene(units, block.norm, block.activation, rate, block.skip))
-    op = readout.op if readout else None
-    return Genome(tuple(conv), "last" if last else op, tuple(dense), (), tuple(recurrent))
+    return tuple(dense)
 
 
-def _map_genome(layers: _Layers, network: NetworkSpace) -> Genome:
+def _map_genome(layers: Layers, network: NetworkSpace) -> Genome:
     decoders: list[DecoderName] = []
     conv = tuple(_level(layers, decoders))
     decoder = decoders[0] if decoders else network.decoders[0]
     return Genome(conv, None, (), (), decoder=decoder)
 
 
-def _level(layers: _Layers, decoders: list[DecoderName]) -> list[ConvGene]:
+def _level(layers: Layers, decoders: list[DecoderName]) -> list[ConvGene]:
     """Blocks of one level of an encoder-decoder and of those below it."""
     genes: list[ConvGene] = []
     while (gene := _conv_gene(layers)) is not None:
@@ -206,7 +207,7 @@ def _level(layers: _Layers, decoders: list[DecoderName]) -> list[ConvGene]:
     return genes
 
 
-def _conv_gene(layers: _Layers) -> ConvGene | None:
+def _conv_gene(layers: Layers) -> ConvGene | None:
     """The next convolution block up to its activation."""
     block = layers.block(lambda layer: bool(_convolutions(layer)))
     if block is None:
@@ -251,106 +252,3 @@ def _convolutions(layer: Layer) -> tuple[Conv, ...]:
             return found if len(found) == len(layer.branches) else ()
         case _:
             return ()
-
-
-def _opened(layer: Layer) -> tuple[SkipName | None, tuple[Layer, ...]]:
-    """The skip connection that `layer` is, and the layers inside."""
-    match layer:
-        case Residual():
-            return "residual", layer.layers
-        case Parallel(branches=((), (_, *_) as inside), merge="concat"):
-            return "dense", tuple(inside)
-        case _:
-            return None, (layer,)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A block up to its activation; at: the number of its first layer, from 1."""
-
-    at: int
-    skip: SkipName | None
-    weights: Layer
-    norm: NormName | None
-    activation: ActivationName
-
-
-L = TypeVar("L", Pool, Upsample, Norm, Activation, Dropout, Readout, Recurrent)
-
-
-class _Layers:
-    """A cursor over layers in a row."""
-
-    def __init__(self, layers: tuple[Layer, ...], where: str = "") -> None:
-        self._layers = layers
-        self._where = where
-        self._next = 0
-
-    def take(self, kind: type[L]) -> L | None:
-        """The next layer if it is of `kind`, else nothing is taken."""
-        layer = self._peek()
-        if not isinstance(layer, kind):
-            return None
-        self._next += 1
-        return layer
-
-    def block(self, begins: Callable[[Layer], bool]) -> _Block | None:
-        """The next block up to its activation, if `begins` of its weights; else nothing is taken."""
-        layer = self._peek()
-        if layer is None:
-            return None
-        skip, inside = _opened(layer)
-        if not begins(inside[0]):
-            return None
-        self._next += 1
-        at, rest = self._next, self
-        if skip is not None:
-            rest = self._within(inside)
-            rest._next = 1
-        norm, activation = rest.take(Norm), rest.take(Activation)
-        if activation is None:
-            raise rest.error("expected an activation")
-        if skip is not None:
-            rest.require_end()
-        return _Block(at, skip, inside[0], norm.op if norm else None, activation.function)
-
-    def below(self) -> tuple[DecoderName, _Layers]:
-        """Where the next level of an encoder-decoder is, if there is one."""
-        layer = self._peek()
-        skip, inside = (None, ()) if layer is None else _opened(layer)
-        if skip != "dense" or not isinstance(inside[0], Pool):
-            return "plain", self
-        self._next += 1
-        return "skip", self._within(inside)
-
-    def dropout(self) -> float:
-        layer = self.take(Dropout)
-        return layer.rate if layer else 0.0
-
-    def require_end(self) -> None:
-        if self._next < len(self._layers):
-            raise self.error("expected the next block")
-
-    def error(self, problem: str) -> NetworkError:
-        """The next layer is not what is expected."""
-        layer = self._peek()
-        found = "the end" if layer is None else f"'{layer.kind}'"
-        return self.refused(f"{problem}, found {found}", at=self._next + 1)
-
-    def refused(self, problem: str, *, at: int | None = None) -> NetworkError:
-        """Layer `at` cannot be searched; default: the one taken last."""
-        return NetworkError(f"{self._where}layer {at or self._next}: {problem}. {_GRAMMAR}")
-
-    def _within(self, inside: tuple[Layer, ...]) -> _Layers:
-        """A cursor over the layers inside the one taken last."""
-        return _Layers(inside, f"{self._where}inside layer {self._next}, ")
-
-    def _peek(self) -> Layer | None:
-        return self._layers[self._next] if self._next < len(self._layers) else None
-
-
-_GRAMMAR = (
-    "A searchable network is blocks of conv, [norm], activation, [pool], [dropout]; blocks of "
-    "recurrent, [dropout]; one readout; blocks of dense, [norm], activation, [dropout]. The first "
-    "layers of a block may stand in a residual, or in a parallel layer beside an empty branch"
-)

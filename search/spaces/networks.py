@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from dmi_hpc.models.objectives import CostName, broken, known_costs
+from dmi_hpc.models.cost import cost, parts_that_fit
+from dmi_hpc.models.objectives import CostName, broken, named_costs
 from dmi_hpc.models.space import HyperValue, SearchSpace
 from search.base import Vector
 from search.spaces.features import Features
 from search.spaces.genome import Genome, decode, founder_genome, from_json, structural_hash, to_json
-from search.spaces.operators import crossover, mutate, parametric
+from search.spaces.operators import crossover, mutate, parametric, restructure
 from search.spaces.space import random_genome, require_consistent
 
 
@@ -29,15 +31,20 @@ class Networks:
         max_flops: float | None = None,
         limits: Mapping[CostName, float] | None = None,
         batch_size: int = 1,
+        accumulation: int = 1,
+        ranks: int = 1,
     ) -> None:
         """defaults: hyper-parameters for founders that leave them open (the recipe's).
 
-        max_flops: of a forward pass of one sample. Raises NetworkError or RunError if the space or a
-        founder makes no sense.
+        max_flops: of a forward pass of one sample. batch_size: global, of genomes without their own;
+        accumulation: parts that a rank computes its share in. Raises NetworkError or RunError if the
+        space or a founder makes no sense.
         """
         require_consistent(space)
         self.space, self._max_flops = space, max_flops
         self._limits, self._batch_size = dict(limits or {}), batch_size
+        self._accumulation, self._ranks = accumulation, ranks
+        self.memory_bytes: float = inf  # of a rank; of the session's machine, not of the space
         self._founders = [founder_genome(f, space, defaults or {}) for f in space.founders]
         self._features = Features(space)
 
@@ -56,14 +63,22 @@ class Networks:
     def stepped(self, parent: Genome, rng: np.random.Generator) -> Genome:
         return parametric([parent], self.space, rng)
 
+    def restructured(self, parent: Genome, rng: np.random.Generator) -> Genome:
+        return restructure([parent], self.space, rng)
+
     def identity(self, genome: Genome) -> str:
         return structural_hash(genome, self.space)
 
     def affordable(self, genome: Genome) -> bool:
-        batch_size = int(dict(genome.hyper).get("batch_size") or self._batch_size)
-        costs = known_costs(decode(genome, self.space.network), batch_size)
-        within = self._max_flops is None or costs["flops"] <= self._max_flops
-        return within and not broken(self._limits, costs)
+        network = decode(genome, self.space.network)
+        found = cost(network)
+        if self._max_flops is not None and found.flops > self._max_flops:
+            return False
+        hyper = dict(genome.hyper)
+        rows = -(-int(hyper.get("batch_size") or self._batch_size) // self._ranks)
+        least = int(hyper.get("accumulation") or self._accumulation)
+        parts = parts_that_fit(network, found, rows, self.memory_bytes, least)
+        return parts is not None and not broken(self._limits, named_costs(found, -(-rows // parts)))
 
     def features(self, genomes: Sequence[Genome]) -> Vector:
         return self._features.matrix(genomes)

@@ -17,11 +17,20 @@ from dmi_hpc.models.space import (
     Parameter,
     SearchSpace,
 )
+from search.spaces.draw import pick
 from search.spaces.genes import Gene
-from search.spaces.genome import ConvGene, DenseGene, Genome, RecurrentGene, as_number
+from search.spaces.genome import (
+    ConvGene,
+    DenseGene,
+    Genome,
+    GraphGene,
+    GraphPart,
+    RecurrentGene,
+    as_number,
+)
+from search.spaces.graph_blocks import random_graph_block
 from search.spaces.space import (
     completed,
-    pick,
     position_of,
     random_conv,
     random_dense,
@@ -31,7 +40,7 @@ from search.spaces.space import (
 
 Operator = Callable[[Sequence[Genome], SearchSpace, np.random.Generator], Genome]
 T = TypeVar("T")
-G = TypeVar("G", bound=Gene)
+G = TypeVar("G", bound=Gene | GraphPart)
 
 # shares of the kinds of mutation; parametric has the rest
 STRUCTURAL_SHARE = 0.3
@@ -57,8 +66,15 @@ def crossover(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Gene
         recurrent = _mixed(recurrent, second.recurrent, rng)
     if decoder != second.decoder:
         decoder = pick((decoder, second.decoder), rng)
+    graph = first.graph
+    if graph is not None and second.graph is not None:
+        graph = GraphPart(
+            pick((graph.embedding, second.graph.embedding), rng),
+            _mixed(graph.blocks, second.graph.blocks, rng),
+            pick((graph.readout, second.graph.readout), rng),
+        )
     values = completed(hyper, space, rng)
-    return repair(Genome(conv, readout, dense, values, recurrent, decoder), space)
+    return repair(Genome(conv, readout, dense, values, recurrent, decoder, graph), space)
 
 
 def _either(
@@ -90,6 +106,13 @@ def mutate(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Generat
     return parametric(parents, space, rng)
 
 
+def restructure(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Generator) -> Genome:
+    """One of the mutations that `parametric` is not, in the shares that `mutate` gives them."""
+    if rng.random() * (STRUCTURAL_SHARE + READOUT_SHARE) < STRUCTURAL_SHARE:
+        return structural(parents, space, rng)
+    return change_readout(parents, space, rng)
+
+
 def structural(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Generator) -> Genome:
     """Insert, delete, duplicate or swap a block; parametric where the space has one depth of 0."""
     (genome,) = parents
@@ -98,6 +121,7 @@ def structural(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Gen
         "conv": network.conv_blocks,
         "dense": network.dense_blocks,
         "recurrent": network.recurrent_blocks,
+        "graph": network.graph_blocks if network.graph is not None else (0, 0),
     }
     parts = [part for part, (_, most) in limits.items() if most > 0]
     if not parts:
@@ -109,6 +133,11 @@ def structural(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Gen
         case "dense":
             dense = _moved(genome.dense, limits["dense"], random_dense(network, rng), rng)
             return repair(replace(genome, dense=dense), space)
+        case "graph":
+            graph = _graph_of(genome)
+            block = random_graph_block(network, rng)
+            graph = replace(graph, blocks=_moved(graph.blocks, limits["graph"], block, rng))
+            return repair(replace(genome, graph=graph), space)
         case _:
             new = random_recurrent(network, rng)
             recurrent = _moved(genome.recurrent, limits["recurrent"], new, rng)
@@ -142,8 +171,12 @@ def _moved(
 def change_readout(
     parents: Sequence[Genome], space: SearchSpace, rng: np.random.Generator
 ) -> Genome:
-    """Another readout or decoder; parametric where there is no other one."""
+    """Another readout, decoder or embedding of nodes; parametric where there is no other one."""
     (genome,) = parents
+    if genome.graph is not None:
+        ends = _stepped(genome.graph, _graph_fields(space.network), rng)
+        if ends != genome.graph:
+            return repair(replace(genome, graph=ends), space)
     decoders = [d for d in space.network.decoders if d != genome.decoder]
     if genome.decoder is not None and decoders:
         return repair(replace(genome, decoder=pick(decoders, rng)), space)
@@ -161,6 +194,7 @@ def parametric(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Gen
     """
     (genome,) = parents
     genes: list[Gene] = [*genome.conv, *genome.dense, *genome.recurrent]
+    genes += genome.graph.blocks if genome.graph is not None else ()
     hyper = list(genome.hyper)
     sites = len(genes) + len(hyper)
     while sites:
@@ -177,6 +211,8 @@ def parametric(parents: Sequence[Genome], space: SearchSpace, rng: np.random.Gen
         conv=tuple(gene for gene in genes if isinstance(gene, ConvGene)),
         dense=tuple(gene for gene in genes if isinstance(gene, DenseGene)),
         recurrent=tuple(gene for gene in genes if isinstance(gene, RecurrentGene)),
+        graph=genome.graph
+        and replace(genome.graph, blocks=tuple(g for g in genes if isinstance(g, GraphGene))),
         hyper=completed(dict(hyper), space, rng),
     )
     return repair(child, space)
@@ -214,6 +250,24 @@ def _fields(gene: Gene, network: NetworkSpace) -> _Fields:
                 "bidirectional": (network.bidirectional, False),
                 "dropout": (network.dropouts, True),
             }
+        case GraphGene():
+            return {
+                "op": (network.graph_convs, False),
+                "channels": (network.channels, True),
+                "norm": (network.graph_norms, False),
+                "activation": (network.graph_activations, False),
+                "dropout": (network.dropouts, True),
+                "skip": (network.graph_skips, False),
+            }
+
+
+def _graph_fields(network: NetworkSpace) -> _Fields:
+    return {"embedding": (network.embeddings, True), "readout": (network.graph_readouts, False)}
+
+
+def _graph_of(genome: Genome) -> GraphPart:
+    assert genome.graph is not None, "a genome of a space of graphs"
+    return genome.graph
 
 
 def _stepped(gene: G, fields: _Fields, rng: np.random.Generator) -> G:

@@ -137,6 +137,20 @@ class Parameters:
             values[name] = self.parameters[name].stepped(values[name], rng)
         return self._completed(values, rng)
 
+    def restructured(self, parent: Point, rng: np.random.Generator) -> Point:
+        """Sets change to another member, and with them what depends on them; numbers are drawn anew
+        only if there are no sets."""
+        values = dict(parent)
+        sets = [name for name in values if not self.parameters[name].smooth]
+        kinds = [name for name in sets if name in self._varied]
+        for name in self._some(kinds or values, rng):
+            parameter = self.parameters[name]
+            drawn = (
+                parameter.random(rng) if parameter.smooth else parameter.stepped(values[name], rng)
+            )
+            values[name] = drawn
+        return self._completed(values, rng)
+
     def identity(self, genome: Point) -> str:
         return xxhash.xxh3_128_hexdigest(repr(genome).encode())
 
@@ -161,15 +175,15 @@ class Parameters:
         content = [spec, [dict(f) for f in self._founders], hooks]
         return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
-    def _some(self, names: Sequence[str] | Flat, rng: np.random.Generator) -> set[str]:
-        """At least one of those of `names` that vary."""
+    def _some(self, names: Sequence[str] | Flat, rng: np.random.Generator) -> list[str]:
+        """At least one of those of `names` that vary, in an order that no hash of strings decides."""
         varied = [name for name in names if name in self._varied]
-        chosen: set[str] = set()
+        chosen: dict[str, None] = {}
         while varied:
-            chosen.add(varied[int(rng.random() * len(varied))])
+            chosen[varied[int(rng.random() * len(varied))]] = None
             if rng.random() >= AGAIN:
                 break
-        return chosen
+        return list(chosen)
 
     def _completed(self, values: dict[str, Value], rng: np.random.Generator) -> Point:
         """Inactive values dropped, missing ones drawn; conditions come before what they decide."""

@@ -12,7 +12,7 @@ from dmi_hpc.tasks.base import Task
 
 WHERE = "search.space"
 NONE = "none"  # TOML has no null
-OF_THE_TASK = ("input_shape", "outputs", "map_output")
+OF_THE_TASK = ("input_shape", "outputs", "map_output", "graph")
 
 
 def recipe_space(recipe: Recipe, task: Task) -> SearchSpace:

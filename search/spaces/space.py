@@ -17,7 +17,9 @@ from dmi_hpc.models.space import (
     Parameter,
     SearchSpace,
 )
+from search.spaces.draw import pick, within
 from search.spaces.genome import ConvGene, DenseGene, Genome, RecurrentGene, as_number, canonical
+from search.spaces.graph_blocks import random_graph, repaired_graph, require_graph_space
 
 T = TypeVar("T")
 
@@ -25,6 +27,8 @@ T = TypeVar("T")
 def require_consistent(space: SearchSpace) -> None:
     """Raises NetworkError if no genome of `space` could be built."""
     network = space.network
+    if network.graph is not None:
+        require_graph_space(network)
     axes = len(network.input_shape) - 1
     if axes == 0 and network.conv_blocks[1] > 0:
         raise NetworkError(
@@ -51,11 +55,6 @@ def require_consistent(space: SearchSpace) -> None:
             f"dense_blocks = recurrent_blocks = (0, 0) (found {network.dense_blocks} and "
             f"{network.recurrent_blocks})"
         )
-
-
-def pick(values: Sequence[T], rng: np.random.Generator) -> T:
-    """One of `values`, uniformly (much faster than ``rng.choice``)."""
-    return values[int(rng.random() * len(values))]
 
 
 def random_conv(network: NetworkSpace, rng: np.random.Generator) -> ConvGene:
@@ -116,7 +115,8 @@ def random_genome(space: SearchSpace, rng: np.random.Generator) -> Genome:
     network = space.network
     convolutions = int(rng.integers(network.conv_blocks[0], network.conv_blocks[1] + 1))
     denses = int(rng.integers(network.dense_blocks[0], network.dense_blocks[1] + 1))
-    reads = len(network.input_shape) > 1 and not network.map_output
+    graphs = network.graph is not None
+    reads = len(network.input_shape) > 1 and not network.map_output and not graphs
     genome = Genome(
         tuple(random_conv(network, rng) for _ in range(convolutions)),
         pick(network.readouts, rng) if reads else None,
@@ -124,6 +124,7 @@ def random_genome(space: SearchSpace, rng: np.random.Generator) -> Genome:
         completed({}, space, rng),
         _random_recurrents(network, rng),
         pick(network.decoders, rng) if network.map_output else None,
+        random_graph(network, rng) if graphs else None,
     )
     return canonical(genome, space)
 
@@ -155,19 +156,13 @@ def repair(genome: Genome, space: SearchSpace) -> Genome:
     Sizes that came from a founder outside the choices are kept.
     """
     network = space.network
-    conv = _within(genome.conv, network.conv_blocks, _plain_conv(network))
-    dense = _within(genome.dense, network.dense_blocks, _plain_dense(network))
-    recurrent = _within(genome.recurrent, network.recurrent_blocks, _plain_recurrent(network))
+    conv = within(genome.conv, network.conv_blocks, _plain_conv(network))
+    dense = within(genome.dense, network.dense_blocks, _plain_dense(network))
+    recurrent = within(genome.recurrent, network.recurrent_blocks, _plain_recurrent(network))
     hyper = tuple((name, _clipped(value, space.hyper[name])) for name, value in genome.hyper)
-    return canonical(Genome(conv, genome.readout, dense, hyper, recurrent, genome.decoder), space)
-
-
-def _within(blocks: tuple[T, ...], limits: tuple[int, int], plain: T) -> tuple[T, ...]:
-    least, most = limits
-    missing = least - len(blocks)
-    if missing > 0:
-        return blocks + (blocks[-1] if blocks else plain,) * missing
-    return blocks[:most]
+    graph = repaired_graph(genome.graph, network) if genome.graph is not None else None
+    whole = Genome(conv, genome.readout, dense, hyper, recurrent, genome.decoder, graph)
+    return canonical(whole, space)
 
 
 def _plain_conv(network: NetworkSpace) -> ConvGene:

@@ -307,8 +307,10 @@ class _Transfer:
         """A block that the parent does not have: the identity, if it is wide enough."""
         entering, layer = block.enters[0], block.layer
         if not isinstance(layer, Conv | Dense) or block.width < entering:
-            self._lose(block.width, entering)
-            self._positive = False
+            known = self._channels[: block.width]  # the same by their number alone
+            unknown = np.full(block.width - len(known), NOWHERE)
+            self._channels = np.concatenate([known, unknown])
+            self.exact = self._positive = False
             return
         stays = isinstance(layer, Dense) or layer.stride == 1
         after = block.after()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from statistics import median
 
 import torch
 from torch import nn
 
 from dmi_hpc.models.build import build
+from dmi_hpc.models.graphs import Inputs, nominal_graphs
 from dmi_hpc.models.objectives import known_costs
 from dmi_hpc.models.spec import NetworkSpec
 
@@ -23,20 +24,19 @@ def measured(
     `device` if that is among the `wanted`."""
     costs = known_costs(spec, batch_size)
     if "latency_s" in wanted:
-        costs["latency_s"] = latency_s(build(spec).to(device), spec.input_shape, device)
+        costs["latency_s"] = latency_s(build(spec).to(device), one_sample(spec, device))
     return costs
 
 
 @torch.no_grad()
-def latency_s(network: nn.Module, input_shape: Sequence[int], device: torch.device) -> float:
-    """Seconds of a forward pass of one sample on `device`: the median, after a warm-up.
+def latency_s(network: nn.Module, sample: Inputs) -> float:
+    """Seconds of a forward pass of one `sample` on its device: the median, after a warm-up.
 
     Of this machine as it is, busy neighbours included: for comparing networks of one search. The
     network may be untrained; its mode is kept.
     """
     training = network.training
     network.eval()
-    sample = torch.zeros(1, *input_shape, device=device)
     taken: list[float] = []
     try:
         _timed(network, sample)
@@ -47,7 +47,14 @@ def latency_s(network: nn.Module, input_shape: Sequence[int], device: torch.devi
     return median(taken)
 
 
-def _timed(network: nn.Module, sample: torch.Tensor) -> float:
+def one_sample(spec: NetworkSpec, device: torch.device) -> Inputs:
+    """An input of `spec`: zeros, or a graph of its nominal size."""
+    if spec.graph is not None:
+        return nominal_graphs(spec, 1).to(device)
+    return torch.zeros(1, *spec.input_shape, device=device)
+
+
+def _timed(network: nn.Module, sample: Inputs) -> float:
     started = time.perf_counter()
     output = network(sample)
     if output.device.type == "cuda":

@@ -14,17 +14,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 
-from dmi_hpc import checkpoint
-from dmi_hpc.config import Recipe, StartConfig, TrainConfig, with_train
+from dmi_hpc import checkpoint, deadline
+from dmi_hpc.config import Recipe, TrainConfig, with_train
+from dmi_hpc.deadline import End
 from dmi_hpc.errors import DataError, FailureKind, Interrupted, NetworkError, TrialFailure
-from dmi_hpc.job import Epoch, Job
+from dmi_hpc.job import Epoch, Job, Result
 from dmi_hpc.meters import Step
-from dmi_hpc.models.build import build
 from dmi_hpc.models.cost import require_fit
 from dmi_hpc.models.objectives import broken, others
 from dmi_hpc.models.space import SearchSpace
@@ -36,10 +35,11 @@ from search.evolution.evolve import Failure, Outcome, Success
 from search.records.kept import Kept, Origin, Trained
 from search.spaces.genome import Genome, decode, from_json
 from search.spaces.recipe import recipe_space
-from search.trials.inherit import inherited
+from search.trials.heritage import SHARE_OF_EPOCHS, beginning_with, heritage, shortened
 from search.trials.objectives import measured
 
 TRACEBACK_CHARACTERS = 4000  # the end of it, kept in the journal
+SAVE_S = 60.0  # between checkpoints of a trial: what the end of a worker may cost
 # of a worker that hangs, after the time limit of its trial
 GRACE_S, GRACE_SHARE = 5.0, 0.2
 # how libraries say it in errors without a type of their own
@@ -58,6 +58,17 @@ class TrialOutcome:
     told: Outcome
     seconds: float
     metrics: Mapping[str, float]
+    # validation MAE after each epoch so far, where it is extrapolated
+    curve: tuple[float, ...] = ()
+
+
+class Left(NamedTuple):
+    """A trial that had to stop, for the time is over; its checkpoint keeps what `seconds` brought."""
+
+    seconds: float
+
+
+Answer = TrialOutcome | Left
 
 
 @dataclass(frozen=True)
@@ -67,18 +78,28 @@ class Goal:
     amount: float
     unit: Literal["epochs", "samples", "seconds"] = "epochs"
 
+    def is_reached(self, epochs: int, samples: int, seconds: float) -> bool:
+        return {"epochs": epochs, "samples": samples, "seconds": seconds}[self.unit] >= self.amount
+
 
 @dataclass(frozen=True)
 class Assignment:
-    """A trial that keeps what it needs to go on.
+    """A trial that can go on where it was ended, in another process.
 
     number: of its proposal; goal: None means the whole training; parents: ids of trials whose weights
-    it may begin with.
+    it may begin with. lasting: its best weights are kept, for children or for the next rung. end: by
+    then it must have stopped.
     """
 
     number: int
     goal: Goal | None = None
     parents: tuple[int, ...] = ()
+    lasting: bool = True
+    end: End | None = None
+
+
+# lowest error so far, what came with it, and the curve of `TrialOutcome`
+Measured = tuple[float, dict[str, float], tuple[float, ...]]
 
 
 class Deadline:
@@ -97,32 +118,59 @@ class Deadline:
         return None
 
     def must_stop(self) -> str | None:
+        if late := self.late():
+            raise TrialFailure("timeout", late)
+        return None
+
+    def late(self) -> str | None:
+        """Why it is to end, if it is."""
         if self._limit_s is not None and time.monotonic() - self._started > self._limit_s:
-            raise TrialFailure("timeout", f"not finished after {self._limit_s:g} s")
+            return f"not finished after {self._limit_s:g} s"
         return None
 
 
 class Pause(Deadline):
-    """... and lets it stop in order, with a checkpoint, after the epoch that reaches the goal."""
+    """... and lets it stop in order, with a checkpoint: after the epoch that reaches the goal, or
+    before the time is over."""
 
-    def __init__(self, limit_s: float | None, goal: Goal | None, seconds: float) -> None:
+    def __init__(
+        self,
+        limit_s: float | None,
+        goal: Goal | None = None,
+        seconds: float = 0.0,
+        end: End | None = None,
+    ) -> None:
         """seconds: that the trial was trained before."""
         super().__init__(limit_s)
         self._goal, self.seconds, self.reached = goal, seconds, False
+        self._end = deadline.Deadline(_NoSignal(), end)
 
     def on_epoch(self, epoch: Epoch) -> None:
         self.seconds += epoch.seconds
         if self._goal is not None:
-            done = {
-                "epochs": epoch.epoch + 1,
-                "samples": epoch.samples,
-                "seconds": self.seconds,
-            }
-            self.reached = done[self._goal.unit] >= self._goal.amount
+            self.reached = self._goal.is_reached(epoch.epoch + 1, epoch.samples, self.seconds)
+
+    def on_event(self, event: str, values: Mapping[str, Any]) -> None:
+        if event == "checkpoint":
+            self._end.wrote(values["seconds"])
 
     def must_stop(self) -> str | None:
         super().must_stop()
-        return "it pauses at its rung" if self.reached else None
+        return self.ends()
+
+    def ends(self) -> str | None:
+        """Why it is to stop in order, if it is."""
+        return "it pauses at its rung" if self.reached else self._end.must_stop(time.time())
+
+
+class _NoSignal:
+    """Workers are not signalled: the driver is, and leaves them."""
+
+    signal: int | None = None
+
+
+class TimeIsOver(Exception):
+    """The trial has stopped with a checkpoint, short of its goal."""
 
 
 @contextmanager
@@ -171,16 +219,17 @@ class Evaluator:
         task = make_task(self._recipe.task)
         return Problem.open(task, self._data, verify="none", reading=self._recipe.data)
 
-    def __call__(
-        self, genome: Mapping[str, Any], assignment: Assignment | None = None
-    ) -> TrialOutcome:
+    def __call__(self, genome: Mapping[str, Any], assignment: Assignment | None = None) -> Answer:
         """Without an assignment it is trained in one go, and nothing is kept."""
         started = time.perf_counter()
         try:
+            curve: tuple[float, ...] = ()
             if assignment is None:
                 fitness, metrics = self._train(from_json(genome))
             else:
-                fitness, metrics = self._train_on(from_json(genome), assignment)
+                fitness, metrics, curve = self._train_on(from_json(genome), assignment)
+        except TimeIsOver:
+            return Left(time.perf_counter() - started)
         except TrialFailure as failure:
             return _failed(failure, started)
         except NetworkError as error:
@@ -198,7 +247,7 @@ class Evaluator:
             message = f"{type(error).__name__}: {error}"
             return _failed(TrialFailure(kind, message, text), started)
         told = Success(fitness, others(self._recipe.search.objectives, metrics))
-        return TrialOutcome(told, time.perf_counter() - started, metrics)
+        return TrialOutcome(told, time.perf_counter() - started, metrics, curve)
 
     def _device_answers(self) -> bool:
         """False after a CUDA error that sticks: every later call of this process would fail too."""
@@ -210,33 +259,34 @@ class Evaluator:
             return False
         return True
 
-    def _costs(self, network: NetworkSpec, batch_size: int) -> dict[str, float]:
-        """What the network costs. Raises TrialFailure if that is more than it may."""
-        search = self._recipe.search
-        require_fit(network, batch_size, self._memory_bytes)
-        costs = measured(network, batch_size, {*search.objectives, *search.limits}, self._device)
+    def _fitted(
+        self, network: NetworkSpec, config: TrainConfig, ranks: int = 1
+    ) -> tuple[TrainConfig, dict[str, float]]:
+        """`config` with a batch computed in as many parts as memory demands, and what the network
+        then costs. Raises TrialFailure if that is more than it may.
+        """
+        search, share = self._recipe.search, -(-config.batch_size // ranks)
+        parts = require_fit(network, share, self._memory_bytes, config.accumulation)
+        wanted = {*search.objectives, *search.limits}
+        costs = measured(network, -(-share // parts), wanted, self._device)
         if over := broken(search.limits, costs):
             raise TrialFailure("limit", over)
-        return costs
+        if parts <= config.accumulation:
+            return config, costs
+        costs["accumulation"] = float(parts)
+        return config.model_copy(update={"accumulation": parts}), costs
 
     def _train(self, genome: Genome) -> tuple[float, dict[str, float]]:
         search = self._recipe.search
         network = decode(genome, self._space.network)
-        config = trial_config(self._recipe, genome)
-        costs = self._costs(network, config.batch_size)
+        config, costs = self._fitted(network, trial_config(self._recipe, genome))
         job = Job(self._problem, network, config, self._recipe.seed, device=self._device)
         limit_s = search.trial_time_limit_s
         with watchdog(limit_s):
             result = fit(job, Deadline(limit_s), resume=False, warn=_unheard)
-        best = result.history[result.best_epoch]
-        return result.best_mae, {
-            **costs,
-            "epochs": float(result.epochs),
-            "validation_rmse": best.validation_rmse,
-            "validation_r2": best.validation_r2,
-        }
+        return result.best_mae, {**costs, **scores(result)}
 
-    def _train_on(self, genome: Genome, assignment: Assignment) -> tuple[float, dict[str, float]]:
+    def _train_on(self, genome: Genome, assignment: Assignment) -> Measured:
         """Begin, or go on from the last checkpoint, until the goal.
 
         The schedule of the learning rate is that of the whole training from the first step on.
@@ -244,34 +294,33 @@ class Evaluator:
         assert self._kept is not None, "assignments need a place for what is kept"
         kept, number = self._kept, assignment.number
         network = decode(genome, self._space.network)
-        config = trial_config(self._recipe, genome).model_copy(update={"keep_checkpoints": 1})
-        costs = self._costs(network, config.batch_size)
-        folder = kept.checkpoints(number)
+        config, costs = self._fitted(network, kept_config(trial_config(self._recipe, genome)))
         job = Job(
             self._problem,
             network,
             config,
             self._recipe.seed,
             device=self._device,
-            checkpoints=folder,
+            checkpoints=kept.checkpoints(number),
+            saves_epochs=assignment.lasting,
         )
-        limit_s = self._recipe.search.trial_time_limit_s
+        limit_s, end = self._recipe.search.trial_time_limit_s, assignment.end
+        if not assignment.lasting:
+            result = _run(job, Pause(limit_s, end=end), limit_s)
+            assert result is not None, "it has no goal to pause at"
+            return result.best_mae, {**costs, **scores(result)}, ()
         with TemporaryDirectory(prefix="inherited-") as scratch:
-            if checkpoint.latest(folder, _unheard) is None:
-                job, origin = self._begun(job, assignment, Path(scratch))
-            else:
-                origin = kept.origin(number)
-            pause = Pause(limit_s, assignment.goal, origin.seconds)
-            with watchdog(limit_s):
-                try:
-                    fit(job, pause, resume=True, warn=_unheard)
-                except Interrupted:
-                    assert pause.reached, "nothing else asks a trial to stop"
-        kept.save_origin(number, replace(origin, seconds=pause.seconds))
-        fitness, found = self._measured(job, number)
-        return fitness, {**costs, **found}
+            job, goal, origin = self._begun(job, assignment, Path(scratch))
+            pause = Pause(limit_s, goal, origin.seconds, end)
+            try:
+                if not is_there(job, goal, origin.seconds):
+                    _run(job, pause, limit_s)
+            finally:
+                kept.save_origin(number, replace(origin, seconds=pause.seconds))
+        fitness, found, curve = self._measured(job, number)
+        return fitness, {**costs, **found}, curve
 
-    def _measured(self, job: Job, number: int) -> tuple[float, dict[str, float]]:
+    def _measured(self, job: Job, number: int) -> Measured:
         """The lowest error so far and what came with it; its weights are kept for children."""
         assert self._kept is not None
         assert job.checkpoints is not None
@@ -281,8 +330,12 @@ class Evaluator:
         epochs = checkpoint.read_meta(last, verify=False).epoch
         lineage = origin.epochs + epochs
         weights = checkpoint.read_weights(best)
-        self._kept.save_weights(number, Trained(job.network, weights, lineage))
-        return meta.metrics["validation_mae"], {
+        error = meta.metrics["validation_mae"]
+        self._kept.save_weights(number, Trained(job.network, weights, lineage, error))
+        curve: tuple[float, ...] = ()
+        if self._recipe.search.extrapolate:
+            curve = tuple(checkpoint.load_state(last)["counters"]["validation"])
+        found = {
             "epochs": float(epochs),
             "training_s": origin.seconds,
             "validation_rmse": meta.metrics["validation_rmse"],
@@ -290,34 +343,26 @@ class Evaluator:
             "inherited": origin.share,
             **({} if origin.parent is None else {"inherited_from": float(origin.parent)}),
         }
+        return error, found, curve
 
-    def _begun(self, job: Job, assignment: Assignment, scratch: Path) -> tuple[Job, Origin]:
-        """With the weights of the parent that gives most, if one has any left."""
+    def _begun(
+        self, job: Job, assignment: Assignment, scratch: Path
+    ) -> tuple[Job, Goal | None, Origin]:
+        """What is to be trained, how far now, and from what: where it goes on, as it began; else with
+        weights of a parent, if some are worth it. Such a child takes a share of all budgets."""
         assert self._kept is not None, "assignments need a place for what is kept"
-        torch.manual_seed(job.seed)  # the weights that `fit` would begin with
-        fresh = build(job.network).state_dict()
-        origin, weights = Origin(), None
-        for parent in assignment.parents:
-            trained = self._kept.weights(parent)
-            if trained is None:
-                continue
-            rng = np.random.default_rng([job.seed, assignment.number])
-            found, report = inherited(job.network, fresh, trained.network, trained.weights, rng)
-            if report.share > origin.share:
-                origin, weights = Origin(parent, report.share, trained.epochs), found
-        self._kept.save_origin(assignment.number, origin)
-        if weights is None:
-            return job, origin
-        problem = self._problem
-        about = checkpoint.Meta(
-            step=0,
-            epoch=0,
-            network=job.network,
-            scale=problem.scale,
-            task=problem.task.recipe_options(),
-        )
-        start = StartConfig(path=checkpoint.save(scratch, about, weights, {}), rescale_head=False)
-        return replace(job, config=job.config.model_copy(update={"start": start})), origin
+        kept, number, goal = self._kept, assignment.number, assignment.goal
+        if checkpoint.latest(kept.checkpoints(number), _unheard) is None:
+            left = ((parent, kept.weights(parent)) for parent in assignment.parents)
+            found = heritage(job, [(n, each) for n, each in left if each is not None], number)
+            kept.save_origin(number, found.origin if found else Origin())
+            if found:
+                job = beginning_with(job, found.weights, scratch)
+        origin = kept.origin(number)
+        if origin.parent is not None:
+            job = shortened(job)
+            goal = goal and replace(goal, amount=SHARE_OF_EPOCHS * goal.amount)
+        return job, goal, origin
 
 
 def trial_config(recipe: Recipe, genome: Genome) -> TrainConfig:
@@ -338,6 +383,45 @@ def trial_config(recipe: Recipe, genome: Genome) -> TrainConfig:
         **dict(genome.hyper),
     }
     return with_train(recipe, changes, where="hyper-parameters of a trial")
+
+
+def kept_config(config: TrainConfig) -> TrainConfig:
+    """`config` of a trial that may be ended at any time and goes on from its checkpoint."""
+    every = SAVE_S if config.checkpoint_s is None else config.checkpoint_s
+    return config.model_copy(update={"keep_checkpoints": 1, "checkpoint_s": every})
+
+
+def scores(result: Result) -> dict[str, float]:
+    """What a training says beside its error; of its best epoch, if it was in this process."""
+    best = next((e for e in result.history if e.epoch == result.best_epoch), None)
+    found = {"epochs": float(result.epochs)}
+    if earlier := result.epochs - len(result.history):
+        found["resumed_epochs"] = float(earlier)
+    if best is not None:
+        found |= {"validation_rmse": best.validation_rmse, "validation_r2": best.validation_r2}
+    return found
+
+
+def _run(job: Job, pause: Pause, limit_s: float | None) -> Result | None:
+    """Train on until the end, or (None) until the goal. Raises TimeIsOver."""
+    with watchdog(limit_s):
+        try:
+            return fit(job, pause, resume=True, warn=_unheard)
+        except Interrupted as stopped:
+            if not pause.reached:
+                raise TimeIsOver from stopped
+            return None
+
+
+def is_there(job: Job, goal: Goal | None, seconds: float) -> bool:
+    """Whether the last checkpoint has reached the goal: an epoch may pass several rungs, and a worker
+    may end before it tells of one."""
+    assert job.checkpoints is not None
+    found = checkpoint.latest(job.checkpoints, _unheard)
+    if goal is None or found is None:
+        return False
+    epochs = checkpoint.read_meta(found, verify=False).epoch
+    return goal.is_reached(epochs, epochs * len(job.problem.train_rows), seconds)
 
 
 def _failed(failure: TrialFailure, started: float) -> TrialOutcome:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runner import SUPPORT, TOY, dmi, family, start, toy_data
+from runner import SUPPORT, TOY, dmi, members, start, toy_data
 
 from dmi_hpc.files import read_json_lines
 
@@ -44,7 +44,7 @@ def victims(process, kind):
     if kind == "driver":
         return [psutil.Process(process.pid)]
     names = {"slot": "ray::Slot", "raylet": "raylet"}
-    return [child for child in family(process) if child.name().startswith(names[kind])]
+    return members(process, lambda child: child.name().startswith(names[kind]))
 
 
 def wait_until(condition, process, limit_s=120):
@@ -69,7 +69,10 @@ def session(recipe, run, kinds, pick, cwd):
         found = victims(process, kinds[0])
         if not found:
             continue
-        pick.choice(found).send_signal(signal.SIGKILL)
+        try:
+            pick.choice(found).send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:  # it has ended by itself
+            continue
         kind = kinds.pop(0)
         if kind != "slot":
             break

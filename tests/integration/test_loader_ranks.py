@@ -16,6 +16,7 @@ from runner import (
     environment,
     epochs_told,
     family,
+    members,
     start,
     toy_recipe,
     wait_for,
@@ -149,19 +150,20 @@ def test_a_training_killed_on_two_ranks_in_mid_epoch_continues_on_one(tmp_path):
     fast = toy_recipe(tmp_path / "fast.toml", data)
     whole = start("train", fast, "--out", tmp_path / "whole", cwd=tmp_path)
     recipe = toy_recipe(tmp_path / "toy.toml", data, 'fault = "slow"')
-    process = start("train", recipe, "--out", run, cwd=tmp_path)
+    slowly = {"TOY_SLOW_S": "0.03"}
+    process = start("train", recipe, "--out", run, cwd=tmp_path, **slowly)
     wait_for(lambda: told(run) >= 1, process)
-    time.sleep(0.2)  # of an epoch of more than 0.5 s
+    time.sleep(0.5)  # of an epoch of more than 2 s, the judging of it not counted
     process.send_signal(signal.SIGTERM)
     epoch, step = map(int, re.findall(r"stopped at epoch (\d+), step (\d+)", ended(process, 75))[0])
     ended(whole, 0)
     per_epoch = json.loads((tmp_path / "whole" / "train" / "status.json").read_text())["steps"] / 6
     assert epoch * per_epoch < step < (epoch + 1) * per_epoch
     before = told(run)
-    process = start("launch", "train", recipe, "--out", run, "-n", 2, cwd=tmp_path)
+    process = start("launch", "train", recipe, "--out", run, "-n", 2, cwd=tmp_path, **slowly)
     wait_for(lambda: told(run) > before, process)
     everyone = family(process)
-    killed = [p for p in everyone if "RANK" in p.environ()]
+    killed = members(process, lambda member: "RANK" in member.environ())
     for rank in killed:
         rank.kill()
     process.communicate(timeout=60)

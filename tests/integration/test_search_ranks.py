@@ -54,16 +54,17 @@ with ray_environment() as folder:
     with cluster(recipe.search, folder, Shape(ranks=2)) as found:
         assert found.workers == 2, found
         driver.start(found.workers, found.trial_memory_GB)
-        context = TrialContext(recipe, data, folder, found.trial_memory_GB, ranks=2)
+        kept = driver.folder
+        context = TrialContext(recipe, data, folder, found.trial_memory_GB, ranks=2, kept=kept)
         run_trials(driver, context, found, lambda: None, lambda: False)
 """
 
 
-def searched(folder, task, engine, evaluations):
-    """{id: (batch size, tell)} of a search with trials of two ranks."""
+def searched(folder, task, engine, evaluations, more=""):
+    """Events of a search with trials of two ranks. more: keys of [search]."""
     data, home = toy_data(folder / "data"), folder / "search"
     home.mkdir()
-    text = f"workers = 2\nevaluations = {evaluations}\ninitial = {evaluations}"
+    text = f"workers = 2\nevaluations = {evaluations}\ninitial = {evaluations}\n{more}"
     train = f'epochs = 6\nengine = "{engine}"'
     recipe = toy_recipe(folder / "toy.toml", data, train=train, search=text, seed=6)
     recipe.write_text(recipe.read_text().replace("toy_task:Toy", task))
@@ -76,13 +77,17 @@ def searched(folder, task, engine, evaluations):
         timeout=350,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    events = read_json_lines(home / "journal.jsonl")
+    return read_json_lines(home / "journal.jsonl")
+
+
+def by_number(events):
+    """{id: (batch size, tell)}."""
     sizes = {e["id"]: e["genome"]["hyper"]["batch_size"] for e in events if e["event"] == "ask"}
     return {e["id"]: (sizes[e["id"]], e) for e in events if e["event"] == "tell"}
 
 
 def test_two_trials_at_once_of_two_deepspeed_ranks(tmp_path):
-    found = searched(tmp_path, "toy_task:Toy", "deepspeed", 6)
+    found = by_number(searched(tmp_path, "toy_task:Toy", "deepspeed", 6))
     tells = [tell for _, tell in found.values()]
     assert [tell["status"] for tell in tells] == ["ok"] * 6
     assert all(tell["metrics"]["ranks"] == 2 for tell in tells)
@@ -92,9 +97,27 @@ def test_two_trials_at_once_of_two_deepspeed_ranks(tmp_path):
 
 
 def test_a_rank_that_fails_alone_does_not_hang_the_others(tmp_path):
-    found = searched(tmp_path, "uneven:Uneven", "torch", 3)
+    found = by_number(searched(tmp_path, "uneven:Uneven", "torch", 3))
     # batches of 4 and 8 rows a rank, and 16
     told = {size: tell.get("failure") for size, tell in found.values()}
     assert told == {8: "exception", 16: "lost", 32: None}
     message = next(tell["message"] for size, tell in found.values() if size == 8)
     assert "on one rank alone" in message
+
+
+def test_trials_of_two_ranks_pause_go_on_and_have_several_objectives(tmp_path):
+    more = 'least_epochs = 1\nreduction = 2\nobjectives = ["error", "flops"]'
+    events = searched(tmp_path, "toy_task:Toy", "deepspeed", 6, more + "\nextrapolate = true")
+    told = [e for e in events if e["event"] == "tell"]
+    assert [e["status"] for e in told] == ["ok"] * len(told)
+    epochs = {0: 1, 1: 2}
+    assert {e["metrics"]["rung"] for e in told} == set(epochs)
+    assert all(e["metrics"]["epochs"] == epochs[e["metrics"]["rung"]] for e in told)
+    assert all(len(e["metrics"]["curve"]) == e["metrics"]["epochs"] for e in told)
+    assert all(e["metrics"]["ranks"] == 2 for e in told)
+    assert all(e["others"] == [e["metrics"]["flops"]] for e in told)
+    errors = {}
+    for e in told:  # one and the same training goes on: its best model stays
+        assert e["fitness"] <= errors.get(e["id"], e["fitness"])
+        errors[e["id"]] = e["fitness"]
+    assert len([e for e in told if e["metrics"]["rung"] == 0]) == 6

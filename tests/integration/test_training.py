@@ -1,17 +1,17 @@
 """Training by real processes: ranks, engines, signals, kills, and a loss that is not a number."""
 
 import json
-import os
 import signal
 
-import psutil
 import pytest
 from runner import (
+    UNHURRIED,
     assert_gone,
     dmi,
     ended,
     epochs_told,
     family,
+    members,
     start,
     toy_data,
     toy_recipe,
@@ -67,7 +67,7 @@ def test_stopped_or_killed_and_resumed_gives_the_weights_of_an_uninterrupted_run
     data, whole, tmp_path
 ):
     recipe, run = toy_recipe(tmp_path / "toy.toml", data, 'fault = "slow"'), tmp_path / "run"
-    process = start("train", recipe, "--out", run, cwd=tmp_path)
+    process = start("train", recipe, "--out", run, cwd=tmp_path, **UNHURRIED)
     wait_for(lambda: epochs(run) >= 1, process)
     process.send_signal(signal.SIGTERM)
     assert "interrupted: stopped at epoch" in ended(process, 75)
@@ -76,7 +76,7 @@ def test_stopped_or_killed_and_resumed_gives_the_weights_of_an_uninterrupted_run
         "--resume continues it" in dmi("train", recipe, "--out", run, cwd=tmp_path, code=2).stderr
     )
     before = epochs(run)
-    process = start("train", recipe, "--out", run, "--resume", cwd=tmp_path)
+    process = start("train", recipe, "--out", run, "--resume", cwd=tmp_path, **UNHURRIED)
     wait_for(lambda: epochs(run) > before, process)
     process.kill()
     ended(process, -signal.SIGKILL)
@@ -103,15 +103,9 @@ def test_ranks_stop_together_and_a_dead_rank_ends_the_job(data, tmp_path):
     process = start(*arguments, cwd=tmp_path)
     wait_for(lambda: epochs(run) > before, process)
     ranks = family(process)
-    victim = next(r for r in ranks if _rank(r) == "1")
-    os.kill(victim.pid, signal.SIGKILL)
-    process.wait(timeout=60)
+    members(process, lambda member: member.environ().get("RANK") == "1")[0].kill()
     assert "rank 1 of 2 was killed by signal 9" in ended(process, 2)
     assert_gone(ranks)
-
-
-def _rank(process: psutil.Process) -> str:
-    return process.environ().get("RANK", "")
 
 
 def test_a_loss_that_is_not_finite_is_a_typed_failure(data, tmp_path):

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from runner import dmi, ended, epochs_told, start, toy_data, toy_recipe, wait_for
+from runner import UNHURRIED, dmi, ended, epochs_told, start, toy_data, toy_recipe, wait_for
 
 from dmi_hpc import checkpoint
 from dmi_hpc.config import DataConfig
@@ -68,7 +68,7 @@ def test_it_goes_on_without_its_source_once_it_has_a_checkpoint(source, tmp_path
         (away / file.name).write_bytes(file.read_bytes())
     train = f'epochs = 6\naverage = 0.9\nstart = {{ path = "{away}" }}'
     recipe = toy_recipe(tmp_path / "toy.toml", data, 'fault = "slow"', train=train)
-    process = start("train", recipe, "--out", "run", cwd=tmp_path)
+    process = start("train", recipe, "--out", "run", cwd=tmp_path, **UNHURRIED)
     wait_for(lambda: bool(epochs_told(tmp_path / "run")), process)
     process.send_signal(signal.SIGTERM)
     ended(process, 75)

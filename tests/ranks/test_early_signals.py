@@ -1,7 +1,6 @@
 """Stop signals in the seconds before a training begins: imports, the meeting of the ranks, the data."""
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from runner import (
+    UNHURRIED,
     assert_gone,
     dmi,
     ended,
@@ -21,6 +21,8 @@ from runner import (
     toy_recipe,
     wait_for,
 )
+
+from search.trials.rank_trial import reserved_address
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -86,7 +88,7 @@ def test_a_signal_at_any_moment_of_the_start_ends_in_order(job, tmp_path, delay_
 
 def test_a_resumed_training_stopped_early_has_its_checkpoint_and_continues(data, tmp_path):
     recipe, run = toy_recipe(tmp_path / "toy.toml", data, 'fault = "slow"'), tmp_path / "run"
-    process = start("train", recipe, "--out", run, cwd=tmp_path)
+    process = start("train", recipe, "--out", run, cwd=tmp_path, **UNHURRIED)
     wait_for(lambda: len(epochs_told(run)) >= 1, process)
     process.send_signal(signal.SIGTERM)
     ended(process, 75)
@@ -98,6 +100,19 @@ def test_a_resumed_training_stopped_early_has_its_checkpoint_and_continues(data,
     assert contents(run / "train") == before
     dmi("train", recipe, "--out", run, "--resume", cwd=tmp_path)
     assert sorted({line["epoch"] for line in epochs_told(run)}) == list(range(6))
+
+
+def test_a_signal_while_the_launcher_loads_ends_in_order(job, tmp_path):
+    """tests/unit/test_launch.py has that no rank is started then; a slow machine may be later."""
+    arguments, run = job
+    process = start("launch", *arguments, "-n", 2, cwd=tmp_path)
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_for(lambda: "pydantic_core" in maps.read_text(), process)  # of the first to be imported
+    process.send_signal(signal.SIGTERM)
+    said = ended(process, 75)
+    assert said.count("launch stopped: finished parts are kept") == 1
+    assert "Traceback" not in said
+    assert not (run / "train").exists()
 
 
 def test_an_early_signal_to_one_rank_stops_all(job, tmp_path):
@@ -117,17 +132,16 @@ def test_an_early_signal_to_one_rank_stops_all(job, tmp_path):
 def test_a_second_interrupt_ends_a_rank_that_waits_for_another(job, tmp_path):
     """The other never comes: the main thread is within the rendezvous, and runs no handlers."""
     arguments, run = job
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    process = start(*arguments, cwd=tmp_path, **world)
-    wait_for(lambda: listens(process.pid, int(port)), process)
-    for _ in range(2):
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-    assert EARLY.format("SIGINT") in ended(process, 75)
+    with reserved_address("127.0.0.1") as url:
+        port = url.rpartition(":")[2]
+        world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        process = start(*arguments, cwd=tmp_path, **world)
+        wait_for(lambda: listens(process.pid, int(port)), process)
+        for _ in range(2):
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        assert EARLY.format("SIGINT") in ended(process, 75)
     assert not run.exists()
 
 

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import time
 
 import pytest
@@ -13,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dmi_hpc import collectives
 from dmi_hpc.errors import DataError
+from search.trials.rank_trial import reserved_address
 
 pytestmark = [pytest.mark.slow]
-TIMEOUT_S = 3  # of a collective
+TIMEOUT_S = 5  # of a collective; a rank that does not beat for 15 % of it counts as gone
 
 
 def meet(world, folder):
@@ -29,15 +29,15 @@ def test_ranks_meet_and_leave_without_a_word(size, tmp_path):
     assert outcomes(meet, size, {"folder": tmp_path}) == [(0, "")] * size
 
 
-@ranks(2, timeout_s=2)
+@ranks(2, timeout_s=4)
 def test_who_computes_or_is_busy_is_not_missed(world):
     """Longer than a collective may wait: all of them, then one that says so."""
     collectives.sum_(torch.ones(1))
-    time.sleep(2.5)
+    time.sleep(4.5)
     collectives.sum_(torch.ones(1))
     if world.rank == 0:
         with collectives.busy("a checkpoint"):
-            time.sleep(3)
+            time.sleep(5)
     collectives.sum_(torch.ones(1))
 
 
@@ -102,9 +102,9 @@ def failing_alone(world):
 @pytest.mark.parametrize(
     ("body", "size", "says"),
     [
-        (killed, 3, r"rank 1 \(host .+\) was last heard of \d s ago, at (the start|step)"),
-        (stopped, 2, r"rank 1 \(host .+\) was last heard of \d s ago, at (the start|step)"),
-        (asleep, 2, r"rank 1 \(host .+\) is alive, but for \d s it has not come from a sleep"),
+        (killed, 3, r"rank 1 \(host .+\) was last heard of \d+ s ago, at (the start|step)"),
+        (stopped, 2, r"rank 1 \(host .+\) was last heard of \d+ s ago, at (the start|step)"),
+        (asleep, 2, r"rank 1 \(host .+\) is alive, but for \d+ s it has not come from a sleep"),
         (failing, 2, r"rank 1 \(host .+\) has ended: ZeroDivisionError: the user's own bug"),
         (failing_alone, 2, r"rank 1 \(host .+\) has ended: no such file"),
     ],
@@ -119,14 +119,12 @@ def test_the_others_name_the_rank_that_is_missing(body, size, says):
 
 
 def test_the_rank_that_keeps_the_rendezvous_may_be_the_missing_one():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    _, (code, text) = outcomes(
-        first_stopped,
-        2,
-        timeout_s=TIMEOUT_S,
-        environment={"DMI_RENDEZVOUS": address},
-    )
+    with reserved_address("127.0.0.1") as address:
+        _, (code, text) = outcomes(
+            first_stopped,
+            2,
+            timeout_s=TIMEOUT_S,
+            environment={"DMI_RENDEZVOUS": address},
+        )
     assert code in (1, 2), text
     assert "rank 1 lost another rank: rank 0 " in text

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from runner import (
     ended,
     environment,
     family,
+    members,
     start,
     toy_data,
     toy_recipe,
@@ -50,11 +52,11 @@ def status(run):
 
 def rank(process, number, name="RANK"):
     """The process that is this rank among those of a launcher."""
-    return next(p for p in family(process) if p.environ().get(name) == str(number) and _is_dmi(p))
 
+    def is_it(member):
+        return member.environ().get(name) == str(number) and "dmi_hpc" in member.cmdline()
 
-def _is_dmi(process):
-    return "dmi_hpc" in process.cmdline()
+    return members(process, is_it)[0]
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(job, tmp_path):
@@ -73,7 +75,14 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(job, tmp_path):
 
 def test_the_end_of_the_slurm_job_is_met_with_a_checkpoint(job, tmp_path):
     arguments, run = job
-    end = int(time.time()) + 35
+    begun = time.time()
+    process = start("launch", *arguments, "-n", 2, cwd=tmp_path)
+    wait_for(lambda: has_begun(run), process)
+    starting_s = time.time() - begun  # on this machine
+    process.send_signal(signal.SIGTERM)
+    ended(process, 75)
+    shutil.rmtree(run)
+    end = int(time.time() + 15 + 2 * starting_s)  # 10 s are kept for a checkpoint
     process = start("launch", *arguments, "-n", 2, cwd=tmp_path, SLURM_JOB_END_TIME=str(end))
     ended(process, 75)
     assert time.time() < end

@@ -69,14 +69,15 @@ def outcomes(
     environment=None,
 ):
     """(exit code, all it said) of each rank that ran body(world, **arguments)."""
-    task = pickle.dumps((inspect.getfile(body), body.__name__, arguments or {}))
+    task = inspect.getfile(body), body.__name__, arguments or {}
     processes = []
     with tempfile.TemporaryDirectory(prefix="dmi-ranks-") as folder:
         try:
             for rank in range(size):
                 processes.append(_start(folder, rank, size, timeout_s, environment or {}))
-                processes[-1].stdin.write(task)
-                processes[-1].stdin.close()
+                pickle.dump((*task, _ready(folder, rank)), processes[-1].stdin)
+                processes[-1].stdin.flush()
+            _begin(processes, [_ready(folder, rank) for rank in range(size)], limit_s)
             _wait(processes, limit_s)
         finally:
             for process in processes:
@@ -117,6 +118,22 @@ def _start(folder, rank, size, timeout_s, environment):
         )
 
 
+def _ready(folder, rank):
+    return Path(folder, f"ready-{rank}")
+
+
+def _begin(processes, ready, limit_s):
+    """Let all go on at once when each has its libraries: on a busy machine they have them at times
+    that differ by more than a collective waits."""
+    end = time.monotonic() + limit_s
+    while not all(map(Path.exists, ready)) and time.monotonic() < end:
+        if any(process.poll() is not None for process in processes):
+            break
+        time.sleep(0.02)
+    for process in processes:
+        process.stdin.close()
+
+
 def _wait(processes, limit_s):
     """Until all have ended or stand still, some time after one has failed, or the limit."""
     end, failed = time.monotonic() + limit_s, False
@@ -154,7 +171,7 @@ def _load(path):
 
 
 def main():
-    path, name, arguments = pickle.load(sys.stdin.buffer)
+    path, name, arguments, ready = pickle.load(sys.stdin.buffer)
     import torch
 
     from dmi_hpc import collectives
@@ -163,6 +180,8 @@ def main():
     torch.set_num_threads(1)
     test, world = getattr(_load(path), name), detect()
     body = getattr(test, "body", test)
+    ready.touch()
+    sys.stdin.buffer.read()  # to its end, which comes when all are here
     try:
         with collectives.group(world, torch.device("cpu")):
             body(world, **arguments)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,9 @@ from dmi_hpc.tasks.base import BuildContext
 
 SUPPORT = Path(__file__).parent
 LIMIT_S = 150
+# of a process with the fault "slow" that is to be stopped midway: who watches it on a busy machine may
+# look away for a second
+UNHURRIED = {"TOY_SLOW_S": "0.08"}
 
 TOY = """\
 seed = {seed}
@@ -129,6 +133,18 @@ def ended(process: subprocess.Popen, code: int) -> str:
 def family(process: subprocess.Popen) -> list[psutil.Process]:
     """All processes that a started one has started, and those have."""
     return psutil.Process(process.pid).children(recursive=True)
+
+
+def members(
+    process: subprocess.Popen, condition: Callable[[psutil.Process], bool]
+) -> list[psutil.Process]:
+    """Those of its family for which it holds; one that ends meanwhile is none of them."""
+    found = []
+    for member in family(process):
+        with suppress(psutil.NoSuchProcess):
+            if condition(member):
+                found.append(member)
+    return found
 
 
 def assert_gone(processes: Sequence[psutil.Process], limit_s: float = 60) -> None:

@@ -24,7 +24,7 @@ from dmi_hpc.models.spec import Activation, Dense, NetworkSpec
 from dmi_hpc.tasks.base import Array, Baseline, BuildContext, Fields, Quantity, Task
 
 WIDTH = 8
-SLOW_S = 0.01  # a batch
+SLOW_S = float(os.environ.get("TOY_SLOW_S", "0.01"))  # a batch
 
 Fault = Literal["none", "exception", "nan", "die", "slow", "hang"]
 

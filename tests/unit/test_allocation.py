@@ -1,10 +1,10 @@
-"""No trial starts that cannot finish."""
+"""No trial starts that can neither finish nor go on."""
 
 import pytest
 
 from dmi_hpc.deadline import End
 from dmi_hpc.errors import LaunchError
-from search.cluster.allocation import Allocation
+from search.cluster.allocation import WORTH_S, Allocation
 
 END = End(1000.0, "SLURM_JOB_END_TIME")
 
@@ -23,15 +23,28 @@ def test_the_first_trials_start_as_long_as_there_is_time():
     assert not allocation.may_start(991)
 
 
-def test_a_trial_must_fit_as_nine_of_ten_before_it_took():
-    allocation = Allocation(END, margin_s=10)
+LIMIT = End(1000.0, "time_limit_s")
+
+
+def test_a_trial_must_end_before_the_users_limit_as_nine_of_ten_before_it():
+    allocation = Allocation(limit=LIMIT)
     for seconds in (100.0,) * 9 + (200.0, 5000.0):  # one outlier closes nothing
         allocation.finished(seconds)
     assert allocation.predicted_s == 200.0
-    assert allocation.may_start(789)
-    assert not allocation.may_start(791)
-    assert allocation.closed == "199 s are left (SLURM_JOB_END_TIME), and a trial may take 200 s"
+    assert allocation.may_start(799)
+    assert not allocation.may_start(801)
+    assert allocation.closed == "199 s are left (time_limit_s), and a trial may take 200 s"
     assert not allocation.may_start(0)  # closed for good: what is left cannot grow
+
+
+def test_before_the_end_of_the_job_a_minute_is_worth_a_beginning():
+    allocation = Allocation(END, margin_s=10)
+    for _ in range(9):
+        allocation.finished(500.0)
+    assert allocation.end == End(990.0, "SLURM_JOB_END_TIME")
+    assert allocation.may_start(990 - WORTH_S)
+    assert not allocation.may_start(991 - WORTH_S)
+    assert "59 s are left (SLURM_JOB_END_TIME)" in allocation.closed
 
 
 def test_later_durations_count():
@@ -57,7 +70,8 @@ def test_the_users_limit_leaves_nothing_and_has_no_margin():
 def test_the_earlier_end_counts():
     env = {"SLURM_JOB_END_TIME": "1000"}
     assert Allocation.of(env, None, 100.0).end == End(990.0, "SLURM_JOB_END_TIME")
-    assert Allocation.of(env, 50.0, 100.0).end == End(150.0, "time_limit_s")
+    assert not Allocation.of(env, 50.0, 100.0).may_start(151)
+    assert not Allocation.of(env, 5000.0, 100.0).may_start(991)
     assert Allocation.of({}, None, 100.0).end is None
     with pytest.raises(LaunchError, match="expected seconds since 1970"):
         Allocation.of({"SLURM_JOB_END_TIME": "noon"}, None, 100.0)

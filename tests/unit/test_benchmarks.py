@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(450)
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 DENSE = ("86 float32", "60x60 float32", "51x51x51 uint8")
 LARGE = DENSE[1:]
@@ -39,7 +41,7 @@ def run_quick(program, folder, data, *arguments):
     command = [sys.executable, str(BENCHMARKS / program), "--quick", "--folder", str(data)]
     command += ["--json", str(folder / "found.json"), "--markdown", str(folder / "found.md")]
     command += arguments
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert list(data.iterdir()) == []  # cleaned up
     assert (folder / "found.md").read_text() == done.stdout
@@ -112,7 +114,7 @@ def test_the_benchmark_of_the_gpu_ends_well_without_one():
         [sys.executable, str(BENCHMARKS / "gpu.py")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr

@@ -126,10 +126,18 @@ def test_cells_stay_inside_their_space():
     cell = space.random(rng)
     sizes = set()
     for _ in range(300):
-        cell = space.mutated(cell, rng)
+        cell = (space.mutated if rng.random() < 0.5 else space.restructured)(cell, rng)
         assert space.from_json(space.to_json(cell)) == cell
         sizes.add(len(cell.links))
     assert sizes >= {1, 2, 3}
+
+
+def test_restructured_cells_have_other_links_or_the_same_operations_elsewhere():
+    space, rng = Cells(4, OPERATIONS), np.random.default_rng(1)
+    parent = Cell(((0,), (1,), (2,), (2,)), ("gat", "gcn", "gin", "gin"))
+    children = [space.restructured(parent, rng) for _ in range(100)]
+    assert all(sorted(child.operations) == sorted(parent.operations) for child in children)
+    assert len(set(children)) > 4
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.rendezvous import rendezvous
 
 from dmi_hpc import collectives
 from dmi_hpc.errors import DataError, DMIError, Interrupted, LaunchError, RankLost, together
@@ -16,7 +18,7 @@ from dmi_hpc.world import World
 
 def on_ranks(size, function):
     """Run function(rank) on threads, inside `together`; the error of each rank, or None."""
-    values, meet = [None] * size, threading.Barrier(size, timeout=10)
+    values, meet = [None] * size, threading.Barrier(size, timeout=60)
 
     def one(rank):
         def share(value):
@@ -84,6 +86,46 @@ def test_a_rank_has_a_gpu_of_its_own_or_is_refused(monkeypatch, source, local_ra
             collectives.device_of(world)
     else:
         assert collectives.device_of(world) == torch.device("cuda", index)
+
+
+MANY = 24
+
+
+def test_many_jobs_at_once_never_meet_at_the_same_port(monkeypatch):
+    """The first rank of each MPI job; the others of a job reach it there, and it alone."""
+    comm = SimpleNamespace(allgather=lambda value: [value], bcast=lambda value, root: value)
+    monkeypatch.setattr(collectives, "_mpi_comm", lambda world: comm)
+    for name in ("DMI_RENDEZVOUS", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    together, world = threading.Barrier(MANY, timeout=60), World(0, 2, 0, 2, "openmpi")
+
+    def first(number):
+        together.wait()
+        url, store = collectives._rendezvous(world, 30)
+        together.wait()
+        store.set("job", str(number))
+        return url, store
+
+    with ThreadPoolExecutor(MANY) as pool:
+        met = list(pool.map(first, range(MANY)))
+    assert len({url for url, _ in met}) == MANY
+    for number, (url, _) in enumerate(met):
+        other = next(iter(rendezvous(url, 1, 2, timeout=timedelta(seconds=30))))[0]
+        assert other.get("job") == str(number).encode()
+
+
+def test_a_first_rank_that_cannot_be_reached_ends_all(monkeypatch):
+    monkeypatch.setattr("psutil.net_if_addrs", dict)
+    told = []
+
+    def allgather(value):
+        told.append(value)
+        return [value]
+
+    comm = SimpleNamespace(allgather=allgather)
+    with pytest.raises(LaunchError, match="no address besides loopback"):
+        collectives._by_mpi(World(0, 2, 0, 1, "openmpi"), comm, 30)
+    assert [kind for kind, _ in told] == [LaunchError]
 
 
 def test_a_closed_terminal_stops_unless_under_nohup():

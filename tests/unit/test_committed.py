@@ -27,7 +27,7 @@ def test_a_bad_first_file_is_reported_before_the_rest_is_read(folder, monkeypatc
     def checksum(path):
         read.append(path)
         if path.name != "shard-00000.h5":
-            time.sleep(0.02)
+            time.sleep(0.2)
         return "0" * 16
 
     monkeypatch.setattr(committed, "file_checksum", checksum)
@@ -41,7 +41,7 @@ def test_bad_offsets_are_reported_before_the_rest_is_read(folder, monkeypatch):
 
     def checksum(path):
         read.append(path)
-        time.sleep(0.01)
+        time.sleep(0.1)
         return real(path)
 
     manifest = read_manifest(folder)

@@ -104,9 +104,12 @@ def test_fingerprint_follows_every_key(tmp_path):
     ("keys", "said"),
     [
         ({"ranks": 2, "limits": {"latency_s": 1.0}}, "limits.latency_s"),
-        ({"ranks": 2, "inherit": True}, "ranks = 2 with least_epochs or inherit"),
+        ({"ranks": 2, "inherit": True}, "ranks = 2 with inherit"),
         ({"epochs": 8, "least_epochs": 8}, "fewer than epochs = 8"),
-        ({"least_epochs": 2, "objectives": ["error", "flops"]}, "several objectives"),
+        ({"least_epochs": 2, "rungs": [3]}, "leave out one"),
+        ({"rungs": [3, 3]}, "expected to rise"),
+        ({"epochs": 8, "rungs": [2, 8]}, "fewer than epochs = 8"),
+        ({"extrapolate": True}, "no trial pauses"),
         ({"objectives": ["flops"]}, "error first"),
     ],
 )

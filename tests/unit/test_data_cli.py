@@ -384,11 +384,11 @@ def test_a_batch_systems_signal_leaves_nothing_of_a_copy(folder, tmp_path):
         command("data", "stage", folder, "--to", to), env=environment(), stderr=subprocess.PIPE
     )
     try:
-        wait_for(lambda: is_open(process.pid, shard), process, limit_s=30)
+        wait_for(lambda: is_open(process.pid, shard), process)
         assert list(to.glob("dmi-stage-*/.tmp-*"))
         process.send_signal(signal.SIGTERM)
         os.close(silent)  # now the thread that reads can end
-        assert process.wait(30) == 75
+        assert process.wait(100) == 75
     finally:
         process.kill()
         process.communicate(timeout=30)

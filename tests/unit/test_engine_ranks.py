@@ -7,7 +7,7 @@ import sys
 import pytest
 from runner import SUPPORT, environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ENGINES = ["torch", "stage 0", "stage 1", "stage 2", "stage 3"]
 CHAINS = [
@@ -30,7 +30,7 @@ def found(tmp_path_factory):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=550,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WARNING" not in done.stdout

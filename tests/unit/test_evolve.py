@@ -233,9 +233,19 @@ def test_predictions_come_with_the_proposals_and_mean_ranks():
     assert all(p.predicted is None for p in told(30, surrogate=False).proposals.values())
 
 
-def test_replayed_asks_and_tells_continue_as_if_nothing_had_happened():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"adaptive": True},
+        {"replacement": "age"},
+        {"patience": 8},
+        {"adaptive": True, "replacement": "age", "patience": 8, "surrogate": False},
+    ],
+)
+def test_replayed_asks_and_tells_continue_as_if_nothing_had_happened(options):
     """With many outstanding, told out of order, and models fitted at other times."""
-    whole, resumed = (Evolution(REALS, EvolutionConfig(seed=9)) for _ in range(2))
+    whole, resumed = (Evolution(REALS, EvolutionConfig(seed=9, **options)) for _ in range(2))
     rng = np.random.default_rng(0)
     for _ in range(70):
         proposal = whole.ask()
@@ -246,6 +256,7 @@ def test_replayed_asks_and_tells_continue_as_if_nothing_had_happened():
             outcome = Success(bowl(done.genome)) if fine else Failure("memory")
             whole.tell(done.id, outcome)
             resumed.tell(done.id, outcome)
+    assert resumed.restarts == whole.restarts
     for _ in range(5):
         assert resumed.ask() == whole.ask()
 
@@ -296,7 +307,8 @@ def test_pools_shrink_in_long_searches():
     evolution = told(30, pool=64)
     evolution.outcomes.update({-number: Success(9.0) for number in range(1, 10_000)})
     made = []
-    evolution._candidate, plain = lambda rng: made.append(1) or plain(rng), evolution._candidate
+    breeder, plain = evolution._breeder, evolution._breeder.mixed
+    breeder.mixed = lambda rng, shares: made.append(1) or plain(rng, shares)
     evolution.ask()
     assert 0 < len(made) <= 12
 

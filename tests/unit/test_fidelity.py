@@ -10,9 +10,15 @@ from search.spaces.parameters import Parameters, Real
 SPACE = Parameters({"x": Real(low=-1.0, high=1.0), "y": Real(low=-1.0, high=1.0)})
 
 
-def search(seed=0, budgets=(1, 4, 16), reduction=4, **config):
+def search(seed=0, budgets=(1, 4, 16), reduction=4, extrapolate=False, **config):
     evolution = Evolution(SPACE, EvolutionConfig(seed=seed, initial=8, **config))
-    return Halving(evolution, Rungs(budgets, reduction))
+    return Halving(evolution, Rungs(budgets, reduction, extrapolate=extrapolate))
+
+
+def curve(stage):
+    """After each of eight epochs: those of a genome fall at a rate of its own."""
+    rate = 1 + dict(stage.proposal.genome)["x"] ** 2
+    return [error(stage) * rate**left for left in reversed(range(8))]
 
 
 def error(stage):
@@ -26,7 +32,7 @@ def advance(halving, stages):
     told = []
     for _ in range(stages):
         stage = halving.ask()
-        halving.tell(stage.proposal.id, Success(error(stage)))
+        halving.tell(stage.proposal.id, Success(error(stage)), curve(stage))
         told.append((stage.proposal.id, stage.rung))
     return told
 
@@ -96,6 +102,56 @@ def test_what_is_kept_are_those_nearest_to_going_on():
     assert rungs.next_in_line(100) == [6, 5, 4, 3, 2, 1, 0]
 
 
+def test_a_trial_of_another_search_counts_and_is_not_ours_to_let_go_on():
+    rungs = Rungs((1, 4), 2)
+    rungs.report(-1, 0, 0.1, waits=False)
+    rungs.report(0, 0, 0.3)
+    assert rungs.next_promotion() is None  # the better half is the other's
+    rungs.report(1, 0, 0.2)
+    rungs.report(2, 0, 0.4)
+    assert rungs.next_promotion() == (1, 1)
+    rungs.report(-1, 1, 0.5, waits=False)
+    assert [rungs.reached(number) for number in (-1, 0, 7)] == [1, 0, -1]
+    assert rungs.best() == (-1, 0.5)
+    assert rungs.places() == {-1: 0.25, 1: 0.5, 0: 0.75, 2: 1.0}
+
+
+def test_with_several_objectives_fronts_go_on_and_places_are_of_the_error():
+    rungs = Rungs((1, 4), 2)
+    values = {0: (0.1, 9.0), 1: (0.2, 9.5), 2: (0.3, 9.9), 3: (0.9, 1.0)}
+    for identifier, (value, other) in values.items():
+        rungs.report(identifier, 0, value, others=(other,))
+    goes_on = []
+    while (promotion := rungs.next_promotion()) is not None:
+        rungs.promote(*promotion)
+        goes_on.append(promotion[0])
+    assert sorted(goes_on) == [0, 3]  # no network is better in both than these
+    assert rungs.places() == {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0}
+    for identifier, value in ((0, 0.05), (3, 0.04)):
+        rungs.report(identifier, 1, value, others=(values[identifier][1],))
+    assert rungs.places() == {3: 0.25, 1: 0.5, 2: 0.75, 0: 1.0}
+
+
+def test_who_goes_on_is_who_is_expected_to_be_ahead():
+    """Of two equal errors, that of the curve which still falls comes first once that was seen."""
+    rungs = Rungs((4, 12), 2, extrapolate=True)
+    falling, flat = (4.0, 2.0, 1.5, 1.0), (1.0, 1.0, 1.0, 1.0)
+    for number in range(16):
+        rungs.report(number, 0, 1.0, curve=flat if number % 2 else falling)
+    for _ in range(8):
+        number, rung = rungs.next_promotion()
+        rungs.promote(number, rung)
+        rungs.report(number, rung, 1.0 if number % 2 else 0.5)
+    rungs.report(16, 0, 0.95, curve=flat)
+    rungs.report(17, 0, 1.0, curve=falling)
+    goes_on = []
+    while (promotion := rungs.next_promotion()) is not None:
+        rungs.promote(*promotion)
+        goes_on.append(promotion[0])
+    assert 17 in goes_on and 16 not in goes_on
+    assert rungs.places()[17] < rungs.places()[16]
+
+
 def test_budgets_must_rise():
     with pytest.raises(AssertionError):
         Rungs((4, 1))
@@ -153,22 +209,22 @@ def test_a_failure_at_the_first_rung_is_evolutions():
 
 
 @pytest.mark.parametrize("cut", [1, 37, 80])
-def test_a_replay_goes_on_as_if_there_had_been_no_interruption(cut):
-    whole = search(seed=5)
+@pytest.mark.parametrize("extrapolate", [False, True])
+def test_a_replay_goes_on_as_if_there_had_been_no_interruption(cut, extrapolate):
+    whole, first, again = (search(seed=5, extrapolate=extrapolate) for _ in range(3))
     expected = advance(whole, 110)
-    first, again = search(seed=5), search(seed=5)
     for identifier, rung in advance(first, cut):
         stage = (
             again.restore_promotion(identifier, rung)
             if rung
             else again.restore_ask(first.evolution.proposals[identifier])
         )
-        again.tell(identifier, Success(error(stage)))
+        again.tell(identifier, Success(error(stage)), curve(stage))
     begun = first.ask()  # and one that was begun, but not told
     if begun.rung:
         again.restore_promotion(begun.proposal.id, begun.rung)
     else:
         again.restore_ask(begun.proposal)
     assert again.pending() == [begun]
-    again.tell(begun.proposal.id, Success(error(begun)))
+    again.tell(begun.proposal.id, Success(error(begun)), curve(begun))
     assert advance(again, 109 - cut) == expected[cut + 1 :]

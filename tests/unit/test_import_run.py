@@ -358,7 +358,7 @@ def test_killed_imports_leave_the_old_set_and_no_process(tmp_path):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
     assert values(target) == before
-    for _ in range(100):
+    for _ in range(1000):
         alive = [c for c in children if Path(f"/proc/{c}").exists() and state(c) != "Z"]
         if not alive:
             break

@@ -186,6 +186,17 @@ def test_layers_of_layers_are_copied_whole_or_not_at_all():
     assert "new" in report.fates.values()
 
 
+def test_after_a_new_layer_that_narrows_only_channels_of_the_parent_count():
+    def network(*more):
+        return NetworkSpec(input_shape=(30,), layers=(Dense(units=16), Activation(), *more))
+
+    wide = (Dense(units=24), Activation(), Dense(units=20), Activation(function="tanh"))
+    parent, child = network(), network().model_copy(update={"layers": wide})
+    _, report = child_of(parent, trained(parent), child)
+    assert report.fates == {0: "resized", 2: "new", 4: "resized"}
+    assert not report.exact
+
+
 SPACES = {
     "map": NetworkSpace(
         input_shape=(1, 6, 6),

@@ -9,6 +9,7 @@ import pytest
 from dmi_hpc import knobs
 from dmi_hpc.config import Recipe
 from dmi_hpc.errors import LaunchError
+from dmi_hpc.watch import StopFlag, stop_on_signals
 from dmi_hpc.world import World, detect
 from launch import cluster
 from launch.cli import job_of, ranks_of, stages_of
@@ -93,14 +94,19 @@ def job_running(monkeypatch, tmp_path, code, ranks=2):
     return Job(("train", "r.toml"), ranks, tmp_path / "logs")
 
 
+def run(job):
+    with stop_on_signals() as stop:
+        cluster.run(job, stop)
+
+
 def test_a_job_that_ends_well_returns(monkeypatch, tmp_path):
-    cluster.run(job_running(monkeypatch, tmp_path, "time.sleep(rank / 10)"))
+    run(job_running(monkeypatch, tmp_path, "time.sleep(rank / 10)"))
 
 
 def test_the_failed_rank_is_named_with_its_log_and_the_others_are_ended(monkeypatch, tmp_path):
     code = "rank == 1 and sys.exit('no such volume'); time.sleep(60)"
     with pytest.raises(LaunchError) as caught:
-        cluster.run(job_running(monkeypatch, tmp_path, code))
+        run(job_running(monkeypatch, tmp_path, code))
     assert "'dmi train r.toml': rank 1 of 2 ended with exit code 1" in str(caught.value)
     assert "no such volume" in str(caught.value)
 
@@ -109,14 +115,14 @@ def test_a_killed_rank_is_named_before_those_that_failed_for_missing_it(monkeypa
     code = "rank == 1 and os.kill(os.getpid(), signal.SIGKILL); time.sleep(0.5); sys.exit(1)"
     monkeypatch.setattr(cluster, "POLL_S", 1.0)
     with pytest.raises(LaunchError, match="rank 1 of 2 was killed by signal 9"):
-        cluster.run(job_running(monkeypatch, tmp_path, code))
+        run(job_running(monkeypatch, tmp_path, code))
 
 
 def test_a_rank_that_ignores_the_end_is_killed(monkeypatch, tmp_path):
     code = "signal.signal(signal.SIGTERM, signal.SIG_IGN); rank and sys.exit(3); time.sleep(60)"
     monkeypatch.setattr(cluster, "GRACE_S", 0.5)
     with pytest.raises(LaunchError, match="rank 1 of 2 ended with exit code 3"):
-        cluster.run(job_running(monkeypatch, tmp_path, code))
+        run(job_running(monkeypatch, tmp_path, code))
 
 
 @pytest.mark.parametrize("code", ["time.sleep(60)", "time.sleep(1)"])
@@ -131,11 +137,22 @@ def test_a_signal_reaches_the_ranks_and_ends_the_launcher_with_75(monkeypatch, t
 
     monkeypatch.setattr(cluster, "_wait", signalled)
     with pytest.raises(SystemExit) as ended:
-        cluster.run(job)
+        run(job)
     assert ended.value.code == 75
 
 
 def test_states_that_ranks_saved_end_the_launcher_with_75(monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as ended:
-        cluster.run(job_running(monkeypatch, tmp_path, "sys.exit(75)"))
+        run(job_running(monkeypatch, tmp_path, "sys.exit(75)"))
     assert ended.value.code == 75
+
+
+def test_after_a_signal_no_further_stage_is_started(monkeypatch, tmp_path, capsys):
+    """It came between two stages, or while the launcher read its recipe."""
+    job, stop = job_running(monkeypatch, tmp_path, "sys.exit('started')"), StopFlag()
+    stop.signal = signal.SIGTERM
+    with pytest.raises(SystemExit) as ended:
+        cluster.run(job, stop)
+    assert ended.value.code == 75
+    assert capsys.readouterr().err.startswith("launch stopped: finished parts are kept")
+    assert not job.logs.exists()

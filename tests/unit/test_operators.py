@@ -9,7 +9,15 @@ from dmi_hpc.models.space import Choice, FloatRange, NetworkSpace, SearchSpace
 from dmi_hpc.models.spec import shapes
 from search.evolution.population import Population
 from search.spaces.genome import ConvGene, DenseGene, Genome, canonical, decode
-from search.spaces.operators import change_readout, crossover, mutate, parametric, step, structural
+from search.spaces.operators import (
+    change_readout,
+    crossover,
+    mutate,
+    parametric,
+    restructure,
+    step,
+    structural,
+)
 from search.spaces.space import random_genome, repair
 
 HYPER = {
@@ -57,7 +65,7 @@ def test_children_of_any_operator_are_valid(space, seed):
     first, second = random_genome(space, rng), random_genome(space, rng)
     require_valid(first, space)
     require_valid(crossover([first, second], space, rng), space)
-    for operator in (mutate, structural, parametric, change_readout):
+    for operator in (mutate, structural, parametric, change_readout, restructure):
         child = first
         for _ in range(4):
             child = operator([child], space, rng)
@@ -100,6 +108,16 @@ def test_structural_mutation_inserts_deletes_duplicates_and_swaps():
     assert [16, 32, 32, 64] in children
     assert any(len(c) == 4 and [u for u in c if u != 2048] == [16, 32, 64] for c in children)
     assert {len(child) for child in children} == {2, 3, 4}
+
+
+def test_restructuring_leaves_hyper_parameters_alone_and_changes_the_readout_too():
+    space = space_of(1, 15, 15, 15, conv_blocks=(1, 6))
+    parent = Genome((CONV, CONV), "mean", (DENSE,), VALUES)
+    children = [restructure([parent], space, np.random.default_rng(seed)) for seed in range(300)]
+    assert {child.hyper for child in children} == {parent.hyper}
+    readouts = np.mean([child.readout != parent.readout for child in children])
+    assert readouts == pytest.approx(1 / 7, abs=0.07)
+    assert {len(child.conv) for child in children} > {len(parent.conv)}
 
 
 def test_structural_mutation_renews_a_block_that_must_stay():

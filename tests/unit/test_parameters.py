@@ -1,6 +1,10 @@
 """Plain parameters: nested, conditional, from TOML, and never a value that they do not have."""
 
+import os
+import subprocess
+import sys
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +117,46 @@ def test_steps_are_small_and_sets_change_only_if_there_is_nothing_else():
     assert np.median(np.abs(np.array(rates) - 0.5)) < 0.1
     sets = Parameters({"kind": Choice(values=("a", "b"))})
     assert sets.stepped((("kind", "a"),), rng) == (("kind", "b"),)
+
+
+def test_restructured_ones_have_other_sets_and_numbers_drawn_anew_only_without_sets():
+    space = Parameters({"rate": Real(low=0.0, high=1.0), "kind": Choice(values=("a", "b"))})
+    rng = np.random.default_rng(0)
+    parent = space.point({"rate": 0.5, "kind": "a"})
+    children = [dict(space.restructured(parent, rng)) for _ in range(50)]
+    assert children == [{"rate": 0.5, "kind": "b"}] * 50
+    numbers = Parameters({"rate": Real(low=0.0, high=1.0)})
+    rates = [dict(numbers.restructured((("rate", 0.5),), rng))["rate"] for _ in range(200)]
+    assert np.median(np.abs(np.array(rates) - 0.5)) == pytest.approx(0.25, abs=0.06)
+
+
+HASHED = """
+import numpy as np
+from search.spaces.parameters import Parameters, Real
+space = Parameters({f"parameter {i}": Real(low=0.0, high=1.0) for i in range(9)})
+rng = np.random.default_rng(3)
+genome = space.random(rng)
+for _ in range(20):
+    genome = space.mutated(space.stepped(genome, rng), rng)
+print(genome)
+"""
+
+
+def test_children_do_not_depend_on_the_hashes_of_names():
+    """Python seeds them anew in every process: a resumed search is another process."""
+    made = {
+        subprocess.run(
+            [sys.executable, "-c", HASHED],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(made) == 1
 
 
 def test_categories_are_equally_far_from_each_other_and_numbers_are_not():

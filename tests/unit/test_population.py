@@ -13,6 +13,38 @@ def test_the_worst_makes_room_and_equals_stay_by_age():
     assert population.members == ((1.0, 4), (3.0, 1), (3.0, 5))
 
 
+def test_by_age_the_first_to_enter_leaves_however_good():
+    population = Population(3, "age")
+    for identifier, fitness in [(7, 1.0), (3, 5.0), (5, 4.0), (1, 9.0)]:
+        population.add(identifier, fitness)
+    assert population.members == ((4.0, 5), (5.0, 3), (9.0, 1))
+    population.revise({7: 0.0, 3: 3.0, 5: 2.0, 1: 1.0})
+    assert population.members == ((1.0, 1), (2.0, 5), (3.0, 3))
+
+
+def test_by_age_with_two_objectives_the_oldest_leaves_a_front_too():
+    population = Population(2, "age")
+    for identifier, fitness in enumerate([1.0, 3.0, 2.0]):
+        population.add(identifier, fitness, (4.0 - fitness,))
+    assert {number for _, number in population.members} == {1, 2}
+    population.add(3, 9.0, (9.0,))
+    assert [number for _, number in population.members] == [2, 3]
+
+
+@pytest.mark.parametrize("others", [(), (1.0,)])
+def test_after_a_restart_only_survivors_and_newcomers_count(others):
+    population = Population(3)
+    for identifier in range(5):
+        population.add(identifier, float(identifier), others)
+    population.restart(1)
+    assert [number for _, number in population.members] == [0]
+    population.add(9, 7.0, others)
+    assert [number for _, number in population.members] == [0, 9]
+    if not others:
+        population.revise({0: 3.0, 1: 0.0, 2: 1.0, 9: 2.0})
+        assert population.members == ((2.0, 9), (3.0, 0))
+
+
 def test_tournaments_prefer_the_best():
     population = Population(3)
     for identifier in range(3):

@@ -136,11 +136,11 @@ def test_stages_go_on_where_they_paused():
         def goes_on(self, token, epoch, score):
             return True
 
-        def tell(self, token, epoch, best):
-            seen.append((epoch, round(best, 2)))
+        def tell(self, token, epoch, scores):
+            seen.append((epoch, len(scores), round(scores.max(), 2)))
 
     rivals_epochs.race_epochs(Paused(), rising, workers=1, epochs=9, seed=0)
-    assert seen == [(3, 0.03), (6, 0.06), (9, 0.09)]
+    assert seen == [(3, 3, 0.03), (6, 6, 0.06), (9, 9, 0.09)]
 
 
 def test_ray_asha_stops_what_is_not_among_the_best_quarter(monkeypatch):

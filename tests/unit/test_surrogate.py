@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+from scipy.stats import rankdata
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from search.evolution.surrogate import MOST_FITTED, Surrogate
+from search.evolution.regression import Regression
+from search.evolution.surrogate import MOST_FITTED, Surrogate, _ranked
 from search.spaces.parameters import Choice, Parameters, Real
 
 SPACE = Parameters(
@@ -142,3 +145,34 @@ def test_refits_become_rarer(failing, monkeypatch):
         surrogate.add(number, None if number < failing else (float(number),))
     assert fits[:5] == [8, 9, 10, 11, 12]
     assert fits[-1] - fits[-2] in range(30, 41)
+
+
+def test_equal_values_share_a_place():
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 9, 300):
+        values = rng.integers(0, max(1, count // 3), count).astype(float)
+        assert np.array_equal(_ranked(values), rankdata(values))
+
+
+def blas_threads():
+    return [
+        library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"
+    ]
+
+
+def test_it_takes_one_thread_and_leaves_the_others_as_they_were(monkeypatch):
+    seen, predict = [], Regression.predict
+
+    def watched(*arguments):
+        seen.extend(blas_threads())
+        return predict(*arguments)
+
+    monkeypatch.setattr(Regression, "predict", watched)
+    surrogate = taught(20)
+    with threadpool_limits(2, user_api="blas"):
+        before = blas_threads()
+        surrogate.judge(genomes(5, 1))
+        assert blas_threads() == before
+    assert seen
+    assert set(seen) == {1}
+    assert max(before) == 2

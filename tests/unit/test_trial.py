@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from runner import toy_data, toy_recipe
+from safetensors.torch import load_file, save_file
 
 from dmi_hpc.config import load_recipe
 from dmi_hpc.tasks import make_task
@@ -171,21 +172,51 @@ def test_a_child_begins_with_the_weights_of_its_parent(data, tmp_path):
     assert kept.weights(7) is None
 
 
-def test_the_parent_that_gives_more_is_taken(data, tmp_path):
+@pytest.mark.parametrize("parents", [(1, 2), (2, 1)])
+def test_of_two_parents_the_one_whose_weights_err_less_is_taken(data, tmp_path, parents):
+    evaluator, _, genome = keeping(data, tmp_path)
+    evaluator(to_json(genome), Assignment(1, Goal(1)))
+    evaluator(to_json(genome), Assignment(2))
+    child = evaluator(to_json(wider(genome)), Assignment(3, Goal(1), parents))
+    assert child.metrics["inherited_from"] == 2
+
+
+def test_weights_that_are_worth_nothing_here_are_not_inherited(data, tmp_path):
     evaluator, _, genome = keeping(data, tmp_path)
     deeper = replace(wider(genome), dense=(DenseGene(4, "batch", "tanh", 0.0),) * 3)
-    evaluator(to_json(deeper), Assignment(1, Goal(1)))
-    evaluator(to_json(genome), Assignment(2, Goal(1)))
-    child = evaluator(to_json(wider(genome)), Assignment(3, Goal(1), parents=(1, 2)))
-    assert child.metrics["inherited_from"] == 2
+    evaluator(to_json(genome), Assignment(1))
+    child = evaluator(to_json(deeper), Assignment(2, parents=(1,)))
+    assert child.told == evaluator(to_json(deeper), Assignment(3)).told
+    assert "inherited_from" not in child.metrics
+    assert child.metrics["epochs"] == child.metrics["lineage_epochs"] == 6
+
+
+def test_a_child_that_inherits_is_trained_half_as_long_on_a_schedule_of_its_own(data, tmp_path):
+    evaluator, _, genome = keeping(data, tmp_path)
+    evaluator(to_json(genome), Assignment(1))
+    paused = evaluator(to_json(wider(genome)), Assignment(2, Goal(4), parents=(1,)))
+    ended = evaluator(to_json(wider(genome)), Assignment(2, parents=(1,)))
+    straight = evaluator(to_json(wider(genome)), Assignment(2 + 1, parents=(1,)))
+    assert (paused.metrics["epochs"], ended.metrics["epochs"]) == (2, 3)
+    assert ended.metrics["lineage_epochs"] == straight.metrics["lineage_epochs"] == 6 + 3
+
+
+def test_weights_that_an_earlier_version_kept_are_passed_over(data, tmp_path):
+    evaluator, kept, genome = keeping(data, tmp_path)
+    evaluator(to_json(genome), Assignment(1))
+    (path,) = tmp_path.rglob("1.safetensors")
+    about = {"network": kept.weights(1).network.model_dump_json(), "epochs": "6.0"}
+    save_file(load_file(path), path, metadata=about)
+    child = evaluator(to_json(wider(genome)), Assignment(2, parents=(1,)))
+    assert "inherited_from" not in child.metrics
 
 
 def test_a_trial_that_goes_on_does_not_inherit_again(data, tmp_path):
     evaluator, kept, genome = keeping(data, tmp_path)
     evaluator(to_json(genome), Assignment(1, Goal(2)))
-    evaluator(to_json(genome), Assignment(2, Goal(1), parents=(1,)))
+    evaluator(to_json(genome), Assignment(2, Goal(2), parents=(1,)))
     kept.prune({2}, {2})
-    last = evaluator(to_json(genome), Assignment(2, Goal(3), parents=(1,)))
+    last = evaluator(to_json(genome), Assignment(2, Goal(6), parents=(1,)))
     assert last.metrics["inherited_from"] == 1
     assert last.metrics["lineage_epochs"] == 2 + 3
 
