@@ -211,7 +211,9 @@ class SearchConfig(Config):
         "worst", description="who makes room in the population: the worst, or the oldest"
     )
     patience: int | None = Field(
-        None, ge=1, description="results without improvement before a population of like ones restarts"
+        None,
+        ge=1,
+        description="results without improvement before a population of like ones restarts",
     )
     least_epochs: int | None = Field(
         None, ge=1, description="a trial pauses after so many; only the best go on, up to `epochs`"

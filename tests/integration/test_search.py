@@ -131,7 +131,7 @@ def test_kill_at_any_moment_with_two_workers_repeats_nothing(data, tmp_path):
 def test_trials_that_the_end_of_the_job_interrupts_go_on_in_the_next_one(data, tmp_path):
     text = "workers = 2\ninitial = 2\nevaluations = 2"
     recipe = toy_recipe(tmp_path / "toy.toml", data, 'fault = "slow"', search=text)
-    space = "[search.space.hyper]\nbatch_size = { kind = \"choice\", values = [64] }\n"
+    space = '[search.space.hyper]\nbatch_size = { kind = "choice", values = [64] }\n'
     recipe.write_text(recipe.read_text().replace("\nepochs = 2\n", "\nepochs = 40\n") + space)
     whole, run = tmp_path / "whole", tmp_path / "run"
     dmi("search", recipe, "--out", whole, cwd=tmp_path, TOY_SLOW_S="0")
