@@ -130,7 +130,7 @@ def by_slots(sleeper: Sleeper, workers: int) -> None:
         class Asleep:
             spent = False
 
-            def __call__(self, genome):
+            def __call__(self, genome, assignment=None):
                 seconds = sleeper()
                 return TrialOutcome(Success(seconds), seconds, {})
 
