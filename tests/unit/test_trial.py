@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,12 +12,13 @@ from runner import toy_data, toy_recipe
 from safetensors.torch import load_file, save_file
 
 from dmi_hpc.config import load_recipe
+from dmi_hpc.deadline import End
 from dmi_hpc.tasks import make_task
 from search.driver import founder_defaults
 from search.evolution.evolve import Failure, Success
 from search.records.kept import Kept, Origin
 from search.spaces.genome import DenseGene, founder_genome, to_json
-from search.trials.trial import Assignment, Evaluator, Goal
+from search.trials.trial import Assignment, Evaluator, Goal, Left
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,19 @@ def keeping(data, folder, epochs=6, train=""):
     genome = founder_genome(space.founders[0], space, founder_defaults(space, recipe.train))
     kept = Kept(folder / "search")
     return Evaluator(recipe, data, torch.device("cpu"), 1.0, kept), kept, genome
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_trial_that_the_end_of_the_time_interrupts_goes_on_exactly(data, tmp_path, lasting):
+    evaluator, kept, genome = keeping(data, tmp_path)
+    whole = evaluator(to_json(genome), Assignment(1, lasting=lasting))
+    now = End(time.time(), "the test")
+    left = evaluator(to_json(genome), Assignment(2, lasting=lasting, end=now))
+    assert isinstance(left, Left)
+    assert len(list(kept.checkpoints(2).glob("step-*"))) == 1
+    went_on = evaluator(to_json(genome), Assignment(2, lasting=lasting))
+    assert went_on.told == whole.told
+    assert list(kept.checkpoints(1).glob("step-*")) == [] or lasting  # short ones save nothing
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "one_cycle", "plateau"])
