@@ -98,7 +98,7 @@ def headline(run: Run) -> str:
         best_trial = run.search.best
         return (
             f"Best of {len(run.search.finished):,} evaluated networks so far: number "
-            f"{best_trial.id}, fitness {number(best_trial.fitness, 4)}; not trained in full yet."
+            f"{run.search.name(best_trial.id)}, fitness {number(best_trial.fitness, 4)}; not trained in full yet."
         )
     if run.search is not None and run.search.failed:
         return f"No evaluation has succeeded: all {len(run.search.failed)} finished ones failed."
