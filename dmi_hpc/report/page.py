@@ -96,9 +96,10 @@ def headline(run: Run) -> str:
         return f"Trained for {len(run.training.epochs)} epochs{best}; not evaluated yet."
     if run.search is not None and run.search.best is not None:
         best_trial = run.search.best
+        name, fitness = run.search.name(best_trial.id), number(best_trial.fitness, 4)
         return (
-            f"Best of {len(run.search.finished):,} evaluated networks so far: number "
-            f"{run.search.name(best_trial.id)}, fitness {number(best_trial.fitness, 4)}; not trained in full yet."
+            f"Best of {len(run.search.finished):,} evaluated networks so far: number {name}, fitness "
+            f"{fitness}; not trained in full yet."
         )
     if run.search is not None and run.search.failed:
         return f"No evaluation has succeeded: all {len(run.search.failed)} finished ones failed."
