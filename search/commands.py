@@ -97,18 +97,27 @@ def top(
 
 def brief(genome: Mapping[str, Any]) -> str:
     """A genome in a line: its blocks by their widths, then its single values."""
-    parts = []
-    for name, value in genome.items():
-        if isinstance(value, Mapping):
-            parts.append(" ".join(f"{key}={_short(each)}" for key, each in value.items()))
-        elif isinstance(value, list) and value:
-            widths = [
-                _short(next(iter(g.values())) if isinstance(g, Mapping) else g) for g in value
-            ]
-            parts.append(f"{name} {'-'.join(widths)}")
-        elif value not in (None, []):
-            parts.append(f"{name} {_short(value)}")
+    parts = [_part(name, value) for name, value in genome.items() if value not in (None, [])]
     return ", ".join(part for part in parts if part)
+
+
+def _part(name: str, value: Any) -> str:
+    if isinstance(value, Mapping) and name == "hyper":
+        return " ".join(f"{key}={_short(each)}" for key, each in value.items())
+    if isinstance(value, Mapping):
+        return f"{name} ({brief(value)})"
+    if isinstance(value, list):
+        return f"{name} {'-'.join(_short(_width(each)) for each in value)}"
+    return f"{name} {_short(value)}"
+
+
+def _width(gene: Any) -> Any:
+    """Of a block: its first number."""
+    if not isinstance(gene, Mapping):
+        return gene
+    return next(
+        (each for each in gene.values() if isinstance(each, int)), next(iter(gene.values()))
+    )
 
 
 def _short(value: Any) -> str:
