@@ -38,7 +38,7 @@ class Heritage:
 
 def heritage(job: Job, parents: Sequence[tuple[int, Trained]], number: int) -> Heritage | None:
     """What child `number` begins with: of all parents' weights those that err least, if they err less
-    than half way, in logarithms, from the parent's error to that of the new network.
+    than half way, in logarithms, from the better parent's error to that of the new network.
 
     parents: their ids and what is kept of them.
     """
@@ -47,11 +47,12 @@ def heritage(job: Job, parents: Sequence[tuple[int, Trained]], number: int) -> H
     torch.manual_seed(job.seed)  # the weights that `fit` would begin with
     fresh = build(job.network).state_dict()
     ignorant, least, found = _error(job, fresh), np.inf, None
+    best = min(trained.error for _, trained in parents)
     for parent, trained in parents:
         rng = np.random.default_rng([job.seed, number])
         weights, report = inherited(job.network, fresh, trained.network, trained.weights, rng)
         error = _error(job, weights)
-        if error < least and error <= sqrt(trained.error * ignorant):
+        if error < least and error <= sqrt(best * ignorant):
             least = error
             found = Heritage(weights, Origin(parent, report.share, trained.epochs))
     return found
