@@ -39,8 +39,9 @@ from dmi_hpc.train import fit
 from search.records.kept import Trained
 from search.spaces.genome import Genome, decode
 from search.spaces.networks import Networks
+from search.trials.ending import Deadline
 from search.trials.heritage import beginning_with, heritage
-from search.trials.trial import Deadline, trial_config
+from search.trials.trial import trial_config
 
 RANDOM = 4
 EPOCHS, HALF, LENGTHS = 12, 6, (2, 3, 4, 6, 8, 12)

@@ -60,7 +60,8 @@ from search.spaces.genome import (
     to_json,
 )
 from search.spaces.networks import Networks
-from search.trials.trial import Deadline, Evaluator, trial_config
+from search.trials.ending import Deadline
+from search.trials.trial import Evaluator, trial_config
 
 ARMS = ("ours", "random", "tpe")
 INITIAL = EvolutionConfig().initial

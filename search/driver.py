@@ -33,7 +33,8 @@ from search.records.kept import Kept
 from search.records.warm import Founder
 from search.spaces.genome import Genome, decode, to_json
 from search.spaces.networks import Networks
-from search.trials.trial import Assignment, Goal, TrialOutcome
+from search.trials.ending import Assignment, Goal
+from search.trials.trial import TrialOutcome
 
 LOSSES = 2  # failures of the machine, until a network counts as the cause
 HOPELESS = 30  # failures in a row, or as many as there are workers: something else is wrong

@@ -23,8 +23,9 @@ from dmi_hpc.world import World
 from search.cluster.capacity import Shape
 from search.evolution.evolve import Failure
 from search.records.kept import Kept
+from search.trials.ending import Assignment
 from search.trials.rank_trial import RankEvaluator, reserved_address
-from search.trials.trial import Answer, Assignment, TrialOutcome
+from search.trials.trial import Answer, TrialOutcome
 
 GRACE_S = 15.0  # for the other ranks, once one has failed
 

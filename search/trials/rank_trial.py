@@ -19,19 +19,8 @@ from dmi_hpc.train import fit
 from dmi_hpc.world import World
 from search.records.kept import Kept, Origin
 from search.spaces.genome import Genome, decode
-from search.trials.trial import (
-    Assignment,
-    Deadline,
-    Evaluator,
-    Measured,
-    Pause,
-    TimeIsOver,
-    is_there,
-    kept_config,
-    scores,
-    trial_config,
-    watchdog,
-)
+from search.trials.ending import Assignment, Deadline, Pause, TimeIsOver, watchdog
+from search.trials.trial import Evaluator, Measured, is_there, kept_config, scores, trial_config
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ from dmi_hpc.problem import Problem
 from dmi_hpc.tasks import make_task
 from dmi_hpc.train import fit
 from search.records.kept import Origin, Trained
+from search.trials.ending import Deadline
 from search.trials.heritage import beginning_with, heritage, shortened
-from search.trials.trial import Deadline
 
 
 def network(*units):

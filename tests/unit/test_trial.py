@@ -18,7 +18,8 @@ from search.driver import founder_defaults
 from search.evolution.evolve import Failure, Success
 from search.records.kept import Kept, Origin
 from search.spaces.genome import DenseGene, founder_genome, to_json
-from search.trials.trial import Assignment, Evaluator, Goal, Left
+from search.trials.ending import Assignment, Goal
+from search.trials.trial import Evaluator, Left
 
 
 @pytest.fixture(scope="module")
