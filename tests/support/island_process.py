@@ -26,7 +26,7 @@ def fitness(identity: str) -> float:
 
 
 def main(recipe_file: str, folder: str, name: str) -> None:
-    islands.POLL_S = 0.05
+    islands.POLL_S, islands.POLL_SHARE = 0.05, 1.0  # all their time, if they want
     recipe, search = load_recipe(Path(recipe_file)), Path(folder)
     with exclusive(home(search, name), "search"):
         driver = Driver(recipe, make_task(recipe.task).space(), search, start=Start(island=name))

@@ -23,6 +23,8 @@ from search.records.islands import island_seed, require_name
 from search.records.lines import decode, encode
 from search.trials.trial import TrialOutcome
 
+KNOWN_S = 2.0  # until an island knows what another has told, on a busy machine
+
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
@@ -62,6 +64,10 @@ def hashes(path, kind="tell"):
     reader = Reader("x", path, 0.0)
     told = [evaluation.hash for evaluation in reader.poll()]
     return told if kind == "tell" else [h for n, h in reader.hashes.items() if n < 0]
+
+
+def evaluations_of(folder):
+    return Reader("x", folder / "journal.jsonl", 0.0).poll()
 
 
 def test_what_one_has_evaluated_the_other_takes_in_and_never_evaluates(recipe, tmp_path):
@@ -285,8 +291,11 @@ def test_processes_that_are_killed_and_join_late_repeat_nothing_that_they_know(t
         said, _ = running.communicate(timeout=LIMIT_S)
         assert running.returncode == 0, said
     everything = [identity for name in ("a", "b", "late") for identity in told(name)]
-    # twice is only what two had begun before either told
-    assert len(everything) - len(set(everything)) <= 3
+    # twice is only what two had begun before either could know of the other's
+    seen = [e for name in ("a", "b", "late") for e in evaluations_of(run / "islands" / name)]
+    first = {e.hash: e for e in sorted(seen, key=lambda e: e.told, reverse=True)}
+    assert all(e.asked < first[e.hash].told + KNOWN_S for e in seen)
+    assert len(set(everything)) > 0.8 * len(everything)
     assert set(told("b")) <= {*hashes(run / "islands/late/journal.jsonl", "migrant"), *told("late")}
     winner = json.loads((run / "winner.json").read_text())
     assert winner["fitness"] == min(map(fitness, everything))
