@@ -22,7 +22,14 @@ from dmi_hpc.deadline import End
 from dmi_hpc.errors import TRANSIENT, RunError
 from dmi_hpc.files import write_json
 from dmi_hpc.models.space import HyperValue, SearchSpace
-from search.evolution.evolve import Evolution, EvolutionConfig, Failure, Proposal, SpaceExhausted
+from search.evolution.evolve import (
+    Evolution,
+    EvolutionConfig,
+    Failure,
+    Outcome,
+    Proposal,
+    SpaceExhausted,
+)
 from search.evolution.fidelity import Halving, Rungs, Stage, ladder
 from search.progress import Progress
 from search.records.control import Control, read_control
@@ -89,14 +96,11 @@ class Driver:
             [search.rung_unit, *self.halving.rungs.budgets[:-1]] if search.pauses else []
         )
         self._islands = Islands(folder, self.island, self.halving, data, self._pauses_at)
-        told = [o for number, o in self.evolution.outcomes.items() if number >= 0]
-        self.progress.finished = len(told)
-        self._new_ones: set[int] = set()  # that run: not those that paused and go on
-        self.progress.failures.update(o.kind for o in told if isinstance(o, Failure))
         self._exhausted = self._started = False
         self._stopped: str | None = None  # how
         self._stop_seen = read_control(folder).stop
         self._look_at = 0.0
+        self.progress.others = self._islands.networks
         self.attend()
 
     def _continue(self) -> None:
@@ -106,6 +110,10 @@ class Driver:
         larger = self._start.larger_space
         replay(self.journal, self.evolution, halving=self.halving, larger_space=larger)
         self._pending.extend(self.halving.pending())
+        known = {e["id"] for e in self.journal.events() if "evaluated_as" in e.get("metrics", ())}
+        for number, told in self.evolution.outcomes.items():
+            if number >= 0 and number not in known:
+                self._count(number, told)
         gc.collect()
         gc.freeze()  # a full collection of 10,000 networks would take 150 ms, time and again
 
@@ -132,6 +140,12 @@ class Driver:
         self.progress.workers = workers
         self.attend()
 
+    def employ(self, workers: int) -> None:
+        """So many workers from now on: nodes go and come."""
+        if workers != self.progress.workers:
+            self.journal.record("workers", workers=workers)
+            self.progress.employ(workers)
+
     def _plant(self) -> None:
         """Known good networks of other searches are proposed before anything else."""
         for number, founder in enumerate(self._start.founders):
@@ -149,7 +163,6 @@ class Driver:
         self._islands.poll()
         if self._started:
             self._islands.exchange(self.journal)
-        self.progress.elsewhere = self._islands.finished
 
     def _look(self) -> None:
         try:
@@ -202,17 +215,11 @@ class Driver:
         begun = self._promotable or any(stage.rung for stage in self._pending)
         exhausted = self._exhausted and not self._pending
         over = self.out_of_time or self.stopped
-        return over or (not begun and (self._spent or exhausted))
+        return over or (not begun and (self.progress.spent or exhausted))
 
     @property
     def _promotable(self) -> bool:
         return self.halving.rungs.next_promotion() is not None
-
-    @property
-    def _spent(self) -> bool:
-        """Whether the budget has no place for a further network; what was begun may go on."""
-        p = self.progress
-        return p.finished + p.elsewhere + len(self._new_ones) >= p.budget
 
     def next_proposal(self, worker: str = "") -> Proposal[Genome] | None:
         """What `worker` is to do: what was interrupted, a paused trial that goes on, or a new network.
@@ -229,7 +236,7 @@ class Driver:
             known = None if stage.rung else self._islands.known(proposal.hash)
             if known is None:
                 if not stage.rung:
-                    self._new_ones.add(proposal.id)
+                    self.progress.begun.add(proposal.hash)
                 self.progress.running += 1
                 return proposal
             metrics = {"evaluated_as": known.name, "curve": known.curve}
@@ -238,7 +245,8 @@ class Driver:
         return None
 
     def _interrupted(self, worker: str) -> Stage[Genome] | None:
-        open_ones = (s for s in self._pending if s.rung or not self._spent)
+        spent = self.progress.spent
+        open_ones = (s for s in self._pending if s.rung or not spent)
         elsewhere = self.progress.workers > 1 and bool(worker)
         wanted = next(
             (s for s in open_ones if not elsewhere or self._lost_by.get(s.proposal.id) != worker),
@@ -250,7 +258,7 @@ class Driver:
 
     def _begun(self) -> Stage[Genome] | None:
         """A stage that nobody has asked for yet, in the journal."""
-        if self._spent and not self._promotable:
+        if self.progress.spent and not self._promotable:
             return None
         try:
             stage = self.halving.ask()
@@ -313,11 +321,16 @@ class Driver:
         p.running -= 1
         p.busy_s += outcome.seconds
         if not rung:
-            self._new_ones.discard(number)
-            p.finished, p.session_finished = p.finished + 1, p.session_finished + 1
-        if isinstance(told, Failure):
-            p.failures[told.kind] += 1
+            p.session_finished += 1
+        self._count(number, told)
         self._tidy(number)
+
+    def _count(self, number: int, told: Outcome) -> None:
+        identity = self.evolution.proposals[number].hash
+        self.progress.begun.discard(identity)
+        self.progress.own.add(identity)
+        if isinstance(told, Failure):
+            self.progress.failures[told.kind] += 1
 
     def _tidy(self, number: int) -> None:
         """On disk stay checkpoints of what runs or will go on soon, and weights to inherit; `number`
@@ -333,7 +346,7 @@ class Driver:
     def again(self, number: int) -> None:
         """Proposal `number` was not evaluated, through no fault of its own: it is the next one."""
         self._pending.appendleft(self.halving.stage(number))
-        self._new_ones.discard(number)
+        self.progress.begun.discard(self.evolution.proposals[number].hash)
         self.progress.running -= 1
 
     def write_winner(self) -> Path:

@@ -9,20 +9,47 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Progress:
-    """Counts for the terminal. Worker seconds are of this session, without resumed history.
+    """Counts of networks (by their hashes) and time. Worker seconds are of this session alone.
 
-    budget: evaluations of all islands together; elsewhere: those of the others.
+    budget: evaluations of all islands together; own: evaluated here; begun: run here for the first
+    time; others: evaluated on other islands, as far as it is known. A network of several counts once.
     """
 
     budget: int
     workers: int = 1
-    finished: int = 0
-    elsewhere: int = 0
+    own: set[str] = field(default_factory=set)
+    begun: set[str] = field(default_factory=set)
+    others: set[str] = field(default_factory=set)
     failures: Counter[str] = field(default_factory=Counter)
     running: int = 0
     busy_s: float = 0.0
     session_finished: int = 0
     started: float = field(default_factory=time.monotonic)
+    _until_now_s: float = 0.0  # of workers, before their number changed:
+    _changed_s: float = 0.0  # after the beginning
+
+    def employ(self, workers: int) -> None:
+        """From now on there are so many."""
+        self._until_now_s, self._changed_s = self._worker_s, self.elapsed_s
+        self.workers = workers
+
+    @property
+    def _worker_s(self) -> float:
+        return self._until_now_s + self.workers * (self.elapsed_s - self._changed_s)
+
+    @property
+    def finished(self) -> int:
+        return len(self.own)
+
+    @property
+    def elsewhere(self) -> int:
+        """Evaluated on other islands alone."""
+        return len(self.others - self.own)
+
+    @property
+    def spent(self) -> bool:
+        """Whether the budget has no place for a further network."""
+        return self.finished + self.elsewhere + len(self.begun - self.others) >= self.budget
 
     @property
     def elapsed_s(self) -> float:
@@ -31,7 +58,7 @@ class Progress:
     @property
     def utilisation(self) -> float:
         """Share of worker time spent inside finished evaluations."""
-        return self.busy_s / (self.workers * max(self.elapsed_s, 1e-9))
+        return self.busy_s / max(self._worker_s, 1e-9)
 
     @property
     def remaining_s(self) -> float | None:

@@ -71,6 +71,11 @@ class Evaluation:
         return tuple(self.metrics.get("curve", ()))
 
     @property
+    def known(self) -> bool:
+        """From another island: it was not evaluated here."""
+        return "evaluated_as" in self.metrics
+
+    @property
     def name(self) -> str:
         """Unique in a run: the id, on an island with its name."""
         return str(self.id) if self.island == MAIN else f"{self.island}:{self.id}"
@@ -80,7 +85,7 @@ class Evaluation:
 class Clock:
     """Time of a search without its pauses."""
 
-    workers: int = 0  # of the session
+    workers: int = 0  # of the session, as nodes go and come
     began: float = 0.0  # the session
     last: float = 0.0  # event
     searched_s: float = 0.0  # all sessions
@@ -98,6 +103,8 @@ class Clock:
             passed = max(0.0, now - self.last)
             self.searched_s += passed
             self.worker_s += self.workers * passed
+        if kind == "workers":
+            self.workers = int(event["workers"])
         if kind == "end":
             self.ended = str(event["why"])
         if kind == "tell":

@@ -54,7 +54,7 @@ class Islands:
     ) -> None:
         """search: ``RUN/search``; data: identity of the shard set; rungs: as in the journal's header."""
         self.refused: dict[str, str] = {}
-        self.finished = 0  # evaluations elsewhere, as far as they are known here
+        self.networks: set[str] = set()  # evaluated elsewhere, as far as is known: hashes
         self._search, self._name, self._data, self._rungs = search, name, data, rungs
         self._halving, self._evolution = halving, halving.evolution
         self._space = self._evolution.space.fingerprint()
@@ -87,7 +87,7 @@ class Islands:
             self.refused[reader.island] = f"{reader.path}: {reason}; its results are not used here"
             return
         for evaluation in found:
-            self.finished += not evaluation.rung
+            self.networks.add(evaluation.hash)
             if evaluation.rung:
                 self._risen.append(evaluation)
             elif evaluation.failure not in TRANSIENT:  # they say nothing about a network

@@ -95,7 +95,7 @@ class Observer:
             unit=str(config.get("unit", "")),
             budget=budget,
             finished=_networks(self._found),
-            failures=dict(Counter(e.failure for e in self._found if e.failure).most_common()),
+            failures=_failures(self._found),
             best=best,
             best_of="" if best is None else _origin(best),
             per_hour=per_hour,
@@ -112,7 +112,7 @@ class Observer:
 
     def _searching(self, reader: Reader, now: float) -> Searching:
         clock = reader.clock
-        own = [e for e in self._found if e.island == reader.island]
+        own = [e for e in self._found if e.island == reader.island and not e.known]
         silent = max(0.0, now - clock.last)
         slowest = max((e.seconds for e in own), default=0.0)
         state = clock.ended or "running"
@@ -140,8 +140,14 @@ class Observer:
 
 
 def _networks(evaluations: list[Evaluation]) -> int:
-    """Of the evaluations; a network that paused and went on counts once."""
-    return sum(not evaluation.rung for evaluation in evaluations)
+    """Of the evaluations; one that paused and went on counts once, and one of several islands too."""
+    return len({evaluation.hash for evaluation in evaluations})
+
+
+def _failures(evaluations: list[Evaluation]) -> dict[str, int]:
+    """Kinds, the most frequent first; a network that failed on several islands counts once."""
+    kinds = {e.hash: e.failure for e in evaluations if e.failure is not None}
+    return dict(Counter(kinds.values()).most_common())
 
 
 def _origin(evaluation: Evaluation) -> str:

@@ -4,7 +4,9 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 from runner import assert_gone, dmi, ended, family, members, start, toy_data, toy_recipe, wait_for
 
@@ -128,13 +130,41 @@ def test_kill_at_any_moment_with_two_workers_repeats_nothing(data, tmp_path):
     assert len(events(run, "ask")) == len(events(run, "tell")) == 8
 
 
-def test_trials_that_the_end_of_the_job_interrupts_go_on_in_the_next_one(data, tmp_path):
-    text = "workers = 2\ninitial = 2\nevaluations = 2"
-    recipe = toy_recipe(tmp_path / "toy.toml", data, 'fault = "slow"', search=text)
+def two_long_trials(folder, data, search=""):
+    """Recipe of a search of two trials, 40 epochs of three batches each, side by side."""
+    text = f"workers = 2\ninitial = 2\nevaluations = 2\n{search}"
+    recipe = toy_recipe(folder / "toy.toml", data, 'fault = "slow"', search=text)
     space = '[search.space.hyper]\nbatch_size = { kind = "choice", values = [64] }\n'
     recipe.write_text(recipe.read_text().replace("\nepochs = 2\n", "\nepochs = 40\n") + space)
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    dmi("search", recipe, "--out", whole, cwd=tmp_path, TOY_SLOW_S="0")
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    """Evaluations of the two long trials."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    recipe, run = two_long_trials(folder, data), folder / "run"
+    dmi("search", recipe, "--out", run, cwd=folder, TOY_SLOW_S="0")
+    return evaluations(run)
+
+
+def saved_steps(run):
+    """Optimizer steps of each trial at its last checkpoint."""
+    trials = (run / "search" / "trials").glob("*/checkpoints")
+    return [max((int(p.name[5:]) for p in t.glob("step-*")), default=0) for t in trials]
+
+
+def assert_resumed(run, expected):
+    """Both trials went on from a checkpoint, to where they come without an interruption."""
+    assert evaluations(run) == expected
+    assert all(tell["metrics"]["resumed_epochs"] >= 1 for tell in events(run, "tell"))
+    assert not any((run / "search" / "trials").iterdir())
+
+
+def test_trials_that_the_end_of_the_job_interrupts_go_on_in_the_next_one(
+    data, uninterrupted, tmp_path
+):
+    recipe, run = two_long_trials(tmp_path, data), tmp_path / "run"
     end = str(int(time.time()) + 60)
     process = start(
         "search", recipe, "--out", run, cwd=tmp_path, TOY_SLOW_S="0.5", SLURM_JOB_END_TIME=end
@@ -143,11 +173,26 @@ def test_trials_that_the_end_of_the_job_interrupts_go_on_in_the_next_one(data, t
     assert time.time() < float(end)
     assert len(events(run, "ask")) == 2
     assert events(run, "tell") == []
-    assert len(list((run / "search" / "trials").glob("*/checkpoints/step-*"))) == 2
+    assert sum(steps > 0 for steps in saved_steps(run)) == 2
     dmi("search", run, "--resume", cwd=tmp_path, TOY_SLOW_S="0")
-    assert evaluations(run) == evaluations(whole)
-    assert all(tell["metrics"]["resumed_epochs"] >= 1 for tell in events(run, "tell"))
-    assert not any((run / "search" / "trials").iterdir())
+    assert_resumed(run, uninterrupted)
+
+
+def test_trials_that_are_killed_go_on_from_their_last_checkpoint(data, uninterrupted, tmp_path):
+    recipe = two_long_trials(tmp_path, data, "train = { checkpoint_s = 1.0 }")
+    run = tmp_path / "run"
+    process = start("search", recipe, "--out", run, cwd=tmp_path, TOY_SLOW_S="0.4")
+    wait_for(lambda: sum(steps > 3 for steps in saved_steps(run)) == 2, process)
+    orphans = family(process)
+    process.kill()
+    ended(process, -signal.SIGKILL)
+    assert events(run, "tell") == []
+    dmi("search", run, "--resume", cwd=tmp_path, TOY_SLOW_S="0")
+    assert_resumed(run, uninterrupted)
+    for orphan in orphans:  # Ray's agents would end by themselves within a minute
+        with suppress(psutil.NoSuchProcess):
+            orphan.kill()
+    assert_gone(orphans)
 
 
 @pytest.mark.parametrize("name", ["raylet", "gcs_server"])

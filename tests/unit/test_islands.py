@@ -117,6 +117,26 @@ def test_a_plain_search_is_joined_by_islands_and_the_budget_is_that_of_all(recip
     assert list(journals(tmp_path)) == ["main", "b"]
 
 
+def test_what_several_islands_have_evaluated_counts_once(recipe, tmp_path):
+    first, second = island(recipe, tmp_path, "a"), island(recipe, tmp_path, "b")
+    mine, same = first.next_proposal(), second.next_proposal()
+    assert mine.hash == same.hash  # both begin with the task's founder
+    evaluate(second, same)
+    known = {mine.hash, *advance(second, 22)}
+    assert (second.progress.finished, second.progress.elsewhere) == (23, 0)
+    last = first.next_proposal()  # what runs here and is known by now took no place of its own
+    assert last.hash not in known
+    assert first.next_proposal() is None
+    evaluate(first, mine)
+    evaluate(first, last, Failure("memory", "too large"))
+    assert first.next_proposal() is None and first.done
+    assert second.next_proposal() is None and second.done
+    again = island(recipe, tmp_path, "a")
+    for driver, own, others in ((first, 2, 22), (second, 23, 1), (again, 2, 22)):
+        assert (driver.progress.finished, driver.progress.elsewhere) == (own, others)
+        assert sum(driver.progress.failures.values()) == (driver is not second)
+
+
 def test_the_best_of_all_islands_is_the_winner_of_each(recipe, tmp_path):
     first, second = island(recipe, tmp_path, "a"), island(recipe, tmp_path, "b")
     proposal = first.next_proposal()
@@ -180,6 +200,10 @@ def test_beyond_the_limit_the_best_are_taken_in_and_the_rest_is_still_not_repeat
     assert len(tells) == 3
     again = Driver(recipe, space, tmp_path, start=Start(island="b"))
     assert again.evolution.outcomes == second.evolution.outcomes
+    for driver in (second, again):  # what it only took over is no evaluation of its own
+        assert (driver.progress.finished, driver.progress.elsewhere) == (0, 5)
+    first = Driver(recipe, space, tmp_path, start=Start(island="a"))
+    assert (first.progress.finished, first.progress.elsewhere) == (5, 0)
 
 
 def test_what_was_interrupted_here_and_evaluated_elsewhere_is_not_repeated(recipe, tmp_path):
@@ -302,6 +326,6 @@ def test_processes_that_are_killed_and_join_late_repeat_nothing_that_they_know(t
     recipe, space = load_recipe(file), make_task({"name": "toy_task:Toy"}).space()
     for name in ("a", "late", "b"):  # the killed one goes on where it was
         driver = Driver(recipe, space, run, start=Start(island=name))
-        assert driver.progress.finished + driver.progress.elsewhere == len(everything)
+        assert driver.progress.finished + driver.progress.elsewhere == len(set(everything))
         assert driver.warnings == []
         assert len(driver.evolution.pending()) <= (name == "b")

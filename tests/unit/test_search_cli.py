@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from runner import toy_data, toy_recipe
@@ -21,6 +22,7 @@ from search.records.history import evaluations
 from search.records.journal import Journal, replay
 from search.records.lines import encode
 from search.records.warm import founders_from
+from search.spaces.genome import to_json
 from search.trials.trial import TrialOutcome
 
 
@@ -110,6 +112,22 @@ def test_status_of_islands_and_of_damage(run, capsys):
     assert rows["b"][1:4] == ["1", "0", "0"]
     assert "stopped" in rows["b"]
     assert "1 line of the journals, passed over" in page
+
+
+def test_status_counts_a_network_of_several_islands_once(run, capsys):
+    first, second = begin(run), begin(run, "b")
+    shared, same = first.next_proposal(), second.next_proposal()
+    assert shared.hash == same.hash
+    for search in (first, second):  # both had begun
+        search.finished(0, TrialOutcome(Failure("memory", "too large"), 0.5, {}))
+    evaluate(first, 1, Success(0.5))
+    taken = first.evolution.proposals[1]
+    second.journal.ask(replace(taken, id=7), to_json(taken.genome))
+    second.journal.tell(7, Success(0.5), 0.0, {"evaluated_as": "1"})
+    found = json.loads(said(capsys, "status", run, "--json"))
+    assert (found["finished"], found["failures"]) == (2, {"memory": 1})
+    islands = {i["island"]: (i["finished"], i["failed"]) for i in found["islands"]}
+    assert islands == {"main": (2, 1), "b": (1, 1)}
 
 
 def test_watching_ends_with_the_search(run, capsys):
