@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+from dmi_hpc import knobs
 from dmi_hpc.errors import Interrupted, LaunchError
 
 SLURM_END = "SLURM_JOB_END_TIME"
@@ -48,21 +49,22 @@ class End:
 
 
 def end_of(env: Mapping[str, str], time_limit_s: float | None, now: float) -> End | None:
-    """The earlier one of the Slurm job's end and of `time_limit_s` from `now`; None without either.
+    """The earliest one of the job's end, as Slurm or `dmi launch` say it, and of `time_limit_s` from
+    `now`; None without any.
 
     An end of a job that is past already is another job's (an old shell): it says nothing.
-    Raises LaunchError if SLURM_JOB_END_TIME is not a number of seconds.
+    Raises LaunchError if SLURM_JOB_END_TIME or DMI_END_TIME is not a number of seconds.
     """
     ends = [] if time_limit_s is None else [End(now + time_limit_s, "time_limit_s")]
-    text = env.get(SLURM_END, "")
-    if text:
-        if not text.isdecimal():
+    for name, who in ((SLURM_END, "Slurm"), (knobs.END, "dmi launch")):
+        text = env.get(name, "")
+        if text and not text.isdecimal():
             raise LaunchError(
-                f"{SLURM_END}: found {text!r}, expected seconds since 1970, as Slurm sets it; "
-                "unset it if this is no job of Slurm"
+                f"{name}: found {text!r}, expected seconds since 1970, as {who} sets it; unset it if "
+                "this is no job of a batch system"
             )
-        if int(text) > now:
-            ends.append(End(float(text), SLURM_END))
+        if text and int(text) > now:
+            ends.append(End(float(text), name))
     return min(ends, key=lambda end: end.at, default=None)
 
 

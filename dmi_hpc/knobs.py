@@ -20,9 +20,32 @@ RENDEZVOUS = "DMI_RENDEZVOUS"
 # another world refuses to run, and leaves the word on how to continue to its launcher.
 LAUNCHED = "DMI_LAUNCHED"
 
+# Which launcher started the ranks (a `world.Source`), where `dmi launch` has put torchrun's variables
+# over its own: whether a rank's cores are its own or shared follows from it.
+STARTER = "DMI_STARTER"
+
+# Name or file of the machine that this is, where host names do not tell.
+MACHINE = "DMI_MACHINE"
+
+# The unpacked environment on a node; set by a batch script that copies one there.
+NODE_ENVIRONMENT = "DMI_NODE_ENVIRONMENT"
+
+# "local": `dmi launch` takes no notice of the allocation that it is in; "allocation": it takes the
+# whole of it, from a step that was started for it alone.
+PLACE = "DMI_LAUNCH"
+
+# When the job ends, in epoch seconds: `dmi launch` has asked the scheduler. Slurm before 23.02 does not
+# set SLURM_JOB_END_TIME, and PBS has nothing like it.
+END = "DMI_END_TIME"
+
 # Seconds a collective may wait for a missing rank before the job ends with an error that names it.
 # Longer than the ranks ever differ: in a first compile, or in user code.
 COLLECTIVE_TIMEOUT_S = "DMI_COLLECTIVE_TIMEOUT_S"
+
+# How many nodes the Ray cluster at RAY_ADDRESS will have, where it starts at the same moment as the
+# search, and how many seconds the search waits for them.
+RAY_NODES = "DMI_RAY_NODES"
+RAY_WAIT_S = "DMI_RAY_WAIT_S"
 
 # Folders of node-local storage, joined by ":", where staged copies of shard sets are looked for.
 STAGE = "DMI_STAGE"
@@ -41,13 +64,29 @@ def resume_hint() -> str:
 
 
 def collective_timeout_s() -> float:
-    text = os.environ.get(COLLECTIVE_TIMEOUT_S, "600")
+    return _seconds(COLLECTIVE_TIMEOUT_S, "600")
+
+
+def ray_nodes() -> int:
+    """0: not said; the cluster at RAY_ADDRESS is there already, as large as it is."""
+    text = os.environ.get(RAY_NODES, "") or "0"
+    if not text.isdecimal():
+        raise LaunchError(f"{RAY_NODES}: found '{text}', expected the number of nodes, e.g. 4")
+    return int(text)
+
+
+def ray_wait_s() -> float:
+    return _seconds(RAY_WAIT_S, "120")
+
+
+def _seconds(name: str, usual: str) -> float:
+    text = os.environ.get(name, usual)
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise LaunchError(f"{COLLECTIVE_TIMEOUT_S}: found '{text}', expected seconds, e.g. 600")
+        raise LaunchError(f"{name}: found '{text}', expected seconds, e.g. {usual}")
     return seconds
 
 

@@ -75,6 +75,7 @@ def open_run(folder: Path, recipe: Recipe | None = None) -> Run:
                 raise RunError(
                     f"{folder}: the folder is not empty and holds no run; choose another --out"
                 )
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _create(identity, recipe)
         return Run(folder, recipe)
     content = _read(identity)
@@ -92,8 +93,8 @@ def open_run(folder: Path, recipe: Recipe | None = None) -> Run:
 
 
 def _foreign(path: Path) -> bool:
-    """Not of a run that begins: islands of a search may begin it together."""
-    return path.name not in ("logs", "run.json") and not path.name.startswith(TEMP_PREFIX)
+    """Not of a run that begins: islands of a search may begin it together, or a job is to."""
+    return path.name not in ("logs", "launch", "run.json") and not path.name.startswith(TEMP_PREFIX)
 
 
 def _read(identity: Path) -> dict[str, Any]:

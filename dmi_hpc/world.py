@@ -31,10 +31,16 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     source: Source = "single"
+    starter: str = ""  # the launcher behind torchrun's variables, if `dmi launch` has set those
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the launcher gives each rank cores and GPUs of its own, if it is told to."""
+        return (self.starter or self.source) in ("openmpi", "pmi", "slurm")
 
     @property
     def ranks_on_cores(self) -> int:
@@ -43,9 +49,8 @@ class World:
         mpirun and srun bind: a mask smaller than the machine is the rank's own. torchrun and dmi
         launch never do: their ranks share whatever mask there is.
         """
-        binds = self.source in ("openmpi", "pmi", "slurm")
         machine = psutil.cpu_count() or 1
-        return 1 if binds and len(os.sched_getaffinity(0)) < machine else self.local_size
+        return 1 if self.is_bound and len(os.sched_getaffinity(0)) < machine else self.local_size
 
 
 Names = tuple[str, ...]
@@ -82,7 +87,7 @@ def detect(env: Mapping[str, str] | None = None) -> World:
     single = env.get(knobs.WORLD) == "single"
     readings = () if single else (_read(env, source) for source in _VARIABLES)
     world = next((found for found in readings if found is not None), World())
-    tasks = int(env.get("SLURM_NTASKS", "1")) if _in_slurm_step(env) and not single else 1
+    tasks = int(env.get("SLURM_NTASKS", "1")) if in_slurm_step(env) and not single else 1
     if world.size == 1 and tasks > 1:
         raise LaunchError(
             f"Slurm runs {tasks} tasks here but this process finds itself alone "
@@ -124,7 +129,7 @@ def require_gpu(world: World, env: Mapping[str, str] | None = None) -> None:
     )
 
 
-def _in_slurm_step(env: Mapping[str, str]) -> bool:
+def in_slurm_step(env: Mapping[str, str]) -> bool:
     """True in a task of srun; false in the batch shell (its step id is a special large number)."""
     step = env.get("SLURM_STEP_ID", "")
     return step.isdigit() and int(step) < 0xFFFF0000
@@ -141,7 +146,7 @@ def slurm_address(world: World, env: Mapping[str, str]) -> str | None:
     # mpirun starts its own helpers by srun: their tasks are not the ranks
     tasks = (_number(env, ("SLURM_PROCID",), -1), _number(env, ("SLURM_NTASKS",), 0))
     own = world.source in ("slurm", "pmi") and tasks == (world.rank, world.size)
-    if not own or not _in_slurm_step(env) or first is None:
+    if not own or not in_slurm_step(env) or first is None:
         return None
     step = f"{env.get('SLURM_JOB_ID', '')}.{env['SLURM_STEP_ID']}"
     port = _PORTS.start + zlib.crc32(step.encode()) % len(_PORTS)
@@ -162,7 +167,7 @@ def _read(env: Mapping[str, str], source: Source) -> World | None:
     rank_name, size_name, local_names, local_size_names = _VARIABLES[source]
     if rank_name not in env or size_name not in env:
         return None
-    if source == "slurm" and not _in_slurm_step(env):
+    if source == "slurm" and not in_slurm_step(env):
         return None
     rank, size = _number(env, (rank_name,), 0), _number(env, (size_name,), 1)
     if not 0 <= rank < size:
@@ -175,6 +180,7 @@ def _read(env: Mapping[str, str], source: Source) -> World | None:
         local_rank=_number(env, local_names, rank),
         local_size=max(1, _number(env, local_size_names, local_size)),
         source=source,
+        starter=env.get(knobs.STARTER, "") if source == "torchrun" else "",
     )
 
 

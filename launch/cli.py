@@ -1,64 +1,172 @@
-"""``dmi launch``: one stage of a recipe, or all of them, on this machine."""
+"""``dmi launch``: a stage of a recipe, or all of them: here, on many nodes, or as a job for later."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from dmi_hpc.cli.options import Out, RecipeFile, new_app, recipe_of
+from dmi_hpc.cli.options import Out, recipe_of
 from dmi_hpc.config import Recipe
 from dmi_hpc.errors import LaunchError
 from dmi_hpc.watch import stop_on_signals
-from launch.cluster import Job, run
+from dmi_hpc.world import detect
+from launch.allocation import require_place, scheduler_around
+from launch.cluster import Command, command_line, run
+from launch.job import OPTIONS
+from launch.machine_tools import machines, pack
+from launch.stages import STAGES, arguments_of, stages_of
+from launch.tools import TOOLS
 
-app = new_app()
-
-STAGES = ("data", "search", "train", "evaluate", "report")
+ALL = (*STAGES, "all")
 
 
-@app.command()
+class Group(TyperGroup):
+    """`dmi launch STAGE RECIPE` means `dmi launch run STAGE RECIPE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=Group,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Start stages of a recipe: on this machine, inside an allocation, or as a job of a batch system.
+
+    `dmi launch STAGE RECIPE` is short for `dmi launch run STAGE RECIPE`; the other commands look at
+    what was launched, or steer it.
+    """
+
+
+def _option(field: str, help_: str) -> Any:
+    return typer.Option(*OPTIONS[field], help=help_)
+
+
+@app.command(name="run")
 def launch(
-    stage: Annotated[str, typer.Argument(help=" | ".join((*STAGES, "all")))],
-    recipe: RecipeFile,
+    stage: Annotated[str, typer.Argument(help=" | ".join(ALL))],
+    recipe: Annotated[Path, typer.Argument(help="recipe (TOML): the whole run in one file")],
+    extra: Annotated[
+        list[str] | None, typer.Argument(help="further arguments of the stage, after --")
+    ] = None,
     out: Out = None,
-    ranks: Annotated[int | None, typer.Option("-n", min=1, help="training ranks")] = None,
+    machine: Annotated[str | None, _option("machine", "name or file: dmi launch machines")] = None,
+    nodes: Annotated[int | None, _option("nodes", "of the job; alone: 1")] = None,
+    time: Annotated[str | None, _option("time_s", "of the job: minutes, H:M:S or D-H:M:S")] = None,
+    ranks: Annotated[int | None, _option("ranks", "training ranks, in all")] = None,
+    name: Annotated[str | None, _option("name", "of the job; default: the recipe's")] = None,
+    account: Annotated[str | None, _option("account", "that pays")] = None,
+    queue: Annotated[str | None, _option("queue", "partition or queue")] = None,
+    qos: Annotated[str | None, _option("qos", "quality of service")] = None,
+    reservation: Annotated[str | None, _option("reservation", "of nodes")] = None,
+    constraint: Annotated[str | None, _option("constraint", "kind of nodes")] = None,
+    option: Annotated[list[str] | None, _option("options", "any other of the scheduler's")] = None,
+    chain: Annotated[
+        str | None, _option("chain", "how it goes on: requeue, dependency, off")
+    ] = None,
+    max_jobs: Annotated[int | None, _option("max_jobs", "in a chain")] = None,
+    max_node_hours: Annotated[
+        float | None, _option("max_node_hours", "of all jobs together")
+    ] = None,
+    islands: Annotated[int | None, _option("islands", "searches that learn of each other")] = None,
+    after: Annotated[str | None, _option("after", "job that must have ended before")] = None,
+    packed: Annotated[Path | None, _option("packed", "environment to copy to the nodes")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print what would be submitted")
+    ] = False,
+    submit: Annotated[
+        bool, typer.Option("--submit", help="as a job of its own, from inside an allocation too")
+    ] = False,
 ) -> None:
     """Start a stage with the ranks it needs; finished parts are kept, interrupted ones continued.
 
     `all` goes from nothing to the report: data, search (if the recipe trains its winner), training,
-    evaluation, report.
+    evaluation, report. With --nodes or --time it becomes a job of the batch system; inside an
+    allocation it uses the nodes of that; else it runs on this machine.
     """
-    if stage not in (*STAGES, "all"):
-        raise LaunchError(f"no stage '{stage}'; stages: {', '.join((*STAGES, 'all'))}")
+    if stage not in ALL:
+        raise LaunchError(f"no stage '{stage}'; stages: {', '.join(ALL)}")
+    require_place(os.environ)
+    loaded = recipe_of(recipe)
+    folder = (out or Path("runs") / loaded.name).resolve()
+    values: dict[str, Any] = {
+        "stage": stage,
+        "recipe": recipe.resolve(),
+        "out": folder,
+        "ranks": ranks,
+        "name": name or loaded.name,
+        "account": account,
+        "queue": queue,
+        "qos": qos,
+        "reservation": reservation,
+        "constraint": constraint,
+        "options": tuple(option or ()),
+        "chain": chain,
+        "max_jobs": max_jobs,
+        "max_node_hours": max_node_hours,
+        "islands": islands,
+        "after": after,
+        "packed": packed.resolve() if packed else None,
+        "extra": tuple(extra or ()),
+        "nodes": nodes,
+        "time": time,
+        "machine": machine,
+    }
+    inside = scheduler_around(os.environ)
+    if submit or dry_run or (inside is None and (nodes is not None or time is not None)):
+        from launch.submit import submitted
+
+        submitted(values, dry_run=dry_run)
+    elif inside is not None:
+        from launch.session import conducted
+
+        sys.exit(conducted(inside, values, loaded))
+    elif detect().size > 1:
+        _become_a_rank(stage, recipe, folder, tuple(extra or ()))
+    else:
+        _here(stage, recipe, folder, loaded, values)
+
+
+def _become_a_rank(stage: str, recipe: Path, folder: Path, extra: tuple[str, ...]) -> None:
+    """Somebody else (mpirun, srun) started the ranks: this process is one of them."""
+    if stage == "all":
+        raise LaunchError(
+            f"{detect().size} ranks of another launcher (source: {detect().source}), and stages that "
+            "need different numbers of them: start one stage, or dmi launch without that launcher"
+        )
+    command = command_line(arguments_of(stage, recipe, folder, extra=extra))
+    os.execv(command[0], command)
+
+
+def _here(stage: str, recipe: Path, folder: Path, loaded: Recipe, values: dict[str, Any]) -> None:
+    """On this machine."""
+    for needs in ("islands", "after", "packed", "max_node_hours"):
+        if values[needs] is not None:
+            option = OPTIONS[needs][0]
+            raise LaunchError(
+                f"{option} is for jobs of a batch system: give nodes and time too (-N, -t), or leave it "
+                "out"
+            )
+    extra = values["extra"]
     with stop_on_signals() as stop:
-        loaded = recipe_of(recipe)
-        folder = (out or Path("runs") / loaded.name).resolve()
-        count = ranks or ranks_of(loaded)
-        for name in stages_of(loaded) if stage == "all" else (stage,):
-            run(job_of(name, recipe, folder, count), stop)
-
-
-def stages_of(recipe: Recipe) -> tuple[str, ...]:
-    """The stages of a whole run, in order: data from a user is not built, no search without need."""
-    searched = recipe.model.source == "search"
-    imported = recipe.data.path is not None
-    return tuple(s for s in STAGES if (s != "search" or searched) and (s != "data" or not imported))
-
-
-def job_of(stage: str, recipe: Path, folder: Path, ranks: int) -> Job:
-    """Command line and ranks of one stage."""
-    arguments: tuple[str, ...]
-    match stage:
-        case "data":
-            arguments = ("data", "build", str(recipe), "--out", str(folder), "--resume")
-        case "search" | "train":
-            arguments = (stage, str(recipe), "--out", str(folder), "--resume")
-        case _:
-            arguments = (stage, str(folder))
-    return Job(arguments, ranks if stage == "train" else 1, folder / "logs")
+        for one in stages_of(loaded, stage):
+            count = (values["ranks"] or ranks_of(loaded)) if one == "train" else 1
+            arguments = arguments_of(one, recipe, folder, extra=extra if one == stage else ())
+            run(Command(arguments, count, folder / "logs"), stop)
 
 
 def ranks_of(recipe: Recipe) -> int:
@@ -70,3 +178,7 @@ def ranks_of(recipe: Recipe) -> int:
     if torch.cuda.is_available():
         return torch.cuda.device_count()
     return min(2, len(os.sched_getaffinity(0)))
+
+
+for _tool in (*TOOLS, machines, pack):
+    app.command()(_tool)

@@ -16,32 +16,32 @@ from dmi_hpc.deadline import FLOOR_S, End, end_of
 RECENT = 64  # durations looked at: later trials may be of larger networks
 ENOUGH = 4  # durations, before they say anything
 QUANTILE = 0.9  # of them must fit
-WORTH_S = 60.0  # that a trial trains before it is left
+WORTH_S = 60.0  # that a trial trains before it is left,
+WORTH_SHARE = 0.05  # or of a short session so much
+LEAVE_S = 5.0  # before the end: trials have left FLOOR_S before it, each with its checkpoint
 
 
 class Allocation:
     """The time of one session: until its job ends, and until the user's own limit."""
 
     def __init__(
-        self, job: End | None = None, limit: End | None = None, margin_s: float = FLOOR_S
+        self, job: End | None = None, limit: End | None = None, worth_s: float = WORTH_S
     ) -> None:
-        """job: by then all processes are gone, and `margin_s` before it nothing runs. limit: no
-        trial starts that takes longer, but those that run go on."""
-        self._left_at = None if job is None else End(job.at - margin_s, job.source)
-        self._limit = limit
+        """job: by then all processes are gone; trials leave by themselves before it. limit: no trial
+        starts that takes longer, but those that run go on. worth_s: that a trial should have before
+        it leaves, to be worth its start."""
+        self.end, self._limit, self._worth_s = job, limit, worth_s
+        self._left_at = None if job is None else End(job.at - FLOOR_S, job.source)
         self._durations: deque[float] = deque(maxlen=RECENT)
         self.closed: str | None = None  # why no trial starts any more
 
     @classmethod
     def of(cls, env: Mapping[str, str], time_limit_s: float | None, now: float) -> Allocation:
-        """By SLURM_JOB_END_TIME and the recipe's limit. LaunchError if the former is no time."""
+        """By the end of the job and the recipe's limit. LaunchError if the former is no time."""
         limit = None if time_limit_s is None else End(now + time_limit_s, "time_limit_s")
-        return cls(end_of(env, None, now), limit)
-
-    @property
-    def end(self) -> End | None:
-        """When trials must have stopped, each with a checkpoint."""
-        return self._left_at
+        job = end_of(env, None, now)
+        worth_s = WORTH_S if job is None else min(WORTH_S, WORTH_SHARE * (job.at - now))
+        return cls(job, limit, worth_s)
 
     def finished(self, seconds: float) -> None:
         """A trial took so long."""
@@ -61,7 +61,7 @@ class Allocation:
         """
         if self.closed is None:
             for end, needed in (
-                (self._left_at, min(self.predicted_s, WORTH_S)),
+                (self._left_at, min(self.predicted_s, self._worth_s)),
                 (self._limit, self.predicted_s),
             ):
                 left = inf if end is None else end.at - now
@@ -78,6 +78,6 @@ class Allocation:
 
     def is_over(self, now: float) -> str | None:
         """Why trials that still run must be left; None to go on."""
-        if self._left_at is None or now < self._left_at.at:
+        if self.end is None or now < self.end.at - LEAVE_S:
             return None
-        return f"the time is over ({self._left_at.source})"
+        return f"the time is over ({self.end.source})"

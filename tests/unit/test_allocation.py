@@ -18,7 +18,7 @@ def test_without_an_end_everything_may_start():
 
 
 def test_the_first_trials_start_as_long_as_there_is_time():
-    allocation = Allocation(END, margin_s=10)
+    allocation = Allocation(END)
     assert allocation.may_start(989)
     assert not allocation.may_start(991)
 
@@ -38,13 +38,21 @@ def test_a_trial_must_end_before_the_users_limit_as_nine_of_ten_before_it():
 
 
 def test_before_the_end_of_the_job_a_minute_is_worth_a_beginning():
-    allocation = Allocation(END, margin_s=10)
+    allocation = Allocation(END)
     for _ in range(9):
         allocation.finished(500.0)
-    assert allocation.end == End(990.0, "SLURM_JOB_END_TIME")
+    assert allocation.end == END
     assert allocation.may_start(990 - WORTH_S)
     assert not allocation.may_start(991 - WORTH_S)
     assert "59 s are left (SLURM_JOB_END_TIME)" in allocation.closed
+
+
+def test_in_a_short_job_less_than_a_minute_is_worth_it():
+    allocation = Allocation.of({"SLURM_JOB_END_TIME": "1000"}, None, 880.0)
+    for _ in range(9):
+        allocation.finished(500.0)
+    assert allocation.may_start(984)
+    assert not allocation.may_start(984.1)
 
 
 def test_later_durations_count():
@@ -54,14 +62,14 @@ def test_later_durations_count():
     assert allocation.predicted_s == 50.0
 
 
-@pytest.mark.parametrize(("now", "over"), [(980, False), (989.9, False), (990.1, True)])
+@pytest.mark.parametrize(("now", "over"), [(980, False), (994.9, False), (995.1, True)])
 def test_running_ones_are_left_at_the_end(now, over):
-    said = Allocation(END, margin_s=10).is_over(now)
+    said = Allocation(END).is_over(now)
     assert said == ("the time is over (SLURM_JOB_END_TIME)" if over else None)
 
 
 def test_the_users_limit_leaves_nothing_and_has_no_margin():
-    allocation = Allocation(limit=End(1000.0, "time_limit_s"), margin_s=10)
+    allocation = Allocation(limit=End(1000.0, "time_limit_s"))
     assert allocation.may_start(999)
     assert not allocation.may_start(1001)
     assert allocation.is_over(5000) is None
@@ -69,7 +77,7 @@ def test_the_users_limit_leaves_nothing_and_has_no_margin():
 
 def test_the_earlier_end_counts():
     env = {"SLURM_JOB_END_TIME": "1000"}
-    assert Allocation.of(env, None, 100.0).end == End(990.0, "SLURM_JOB_END_TIME")
+    assert Allocation.of(env, None, 100.0).end == END
     assert not Allocation.of(env, 50.0, 100.0).may_start(151)
     assert not Allocation.of(env, 5000.0, 100.0).may_start(991)
     assert Allocation.of({}, None, 100.0).end is None

@@ -12,8 +12,9 @@ from dmi_hpc.errors import LaunchError
 from dmi_hpc.watch import StopFlag, stop_on_signals
 from dmi_hpc.world import World, detect
 from launch import cluster
-from launch.cli import job_of, ranks_of, stages_of
-from launch.cluster import Job, command_line, rank_environment
+from launch.cli import ranks_of
+from launch.cluster import Command, command_line, rank_environment
+from launch.stages import arguments_of, stages_of
 
 
 def recipe(**tables):
@@ -36,7 +37,8 @@ def recipe(**tables):
     ],
 )
 def test_stages_follow_the_recipe(tables, stages):
-    assert stages_of(recipe(**tables)) == stages
+    assert stages_of(recipe(**tables), "all") == stages
+    assert stages_of(recipe(**tables), "train") == ("train",)
 
 
 def test_ranks_follow_the_recipe_then_the_machine(monkeypatch):
@@ -50,15 +52,17 @@ def test_ranks_follow_the_recipe_then_the_machine(monkeypatch):
     assert ranks_of(recipe()) == 4
 
 
-def test_only_training_gets_ranks_and_interrupted_stages_are_resumed(tmp_path):
-    jobs = {s: job_of(s, tmp_path / "r.toml", tmp_path, 4) for s in ("data", "train", "report")}
-    assert {s: job.ranks for s, job in jobs.items()} == {"data": 1, "train": 4, "report": 1}
-    assert jobs["train"].arguments[-1] == "--resume"
-    assert jobs["data"].arguments[:2] == ("data", "build")
+def test_interrupted_stages_are_resumed(tmp_path):
+    file, run = tmp_path / "r.toml", tmp_path / "run"
+    assert arguments_of("data", file, run)[:2] == ("data", "build")
+    assert arguments_of("train", file, run)[-1] == "--resume"
+    island = arguments_of("search", file, run, island="island-3", extra=("--larger-space",))
+    assert island[-4:] == ("--resume", "--island", "island-3", "--larger-space")
+    assert arguments_of("report", file, run) == ("report", str(run))
 
 
 def test_each_rank_finds_its_world(tmp_path):
-    job = Job(("train",), 3, tmp_path)
+    job = Command(("train",), 3, tmp_path)
     for rank in range(3):
         found = detect(rank_environment(job, rank, "file:///x"))
         assert found == World(rank, 3, rank, 3, "torchrun")
@@ -76,7 +80,7 @@ def test_each_rank_finds_its_world(tmp_path):
 )
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_world_of_the_launcher_does_not_reach_its_ranks(tmp_path, outside, ranks):
-    job = Job(("train",), ranks, tmp_path)
+    job = Command(("train",), ranks, tmp_path)
     worlds = [detect({**outside, **rank_environment(job, r, "file:///x")}) for r in range(ranks)]
     assert [(world.rank, world.size) for world in worlds] == [(r, ranks) for r in range(ranks)]
 
@@ -91,7 +95,7 @@ def job_running(monkeypatch, tmp_path, code, ranks=2):
     """A job whose ranks run this Python code, with `rank` set."""
     head = "import os, signal, sys, time; rank = int(os.environ.get('RANK', 0))\n"
     monkeypatch.setattr(cluster, "command_line", lambda a: [sys.executable, "-c", head + code])
-    return Job(("train", "r.toml"), ranks, tmp_path / "logs")
+    return Command(("train", "r.toml"), ranks, tmp_path / "logs")
 
 
 def run(job):
@@ -131,9 +135,9 @@ def test_a_signal_reaches_the_ranks_and_ends_the_launcher_with_75(monkeypatch, t
     job = job_running(monkeypatch, tmp_path, code)
     real = cluster._wait
 
-    def signalled(processes, stop):
+    def signalled(parts, processes, stop, look):
         os.kill(os.getpid(), signal.SIGTERM)
-        return real(processes, stop)
+        return real(parts, processes, stop, look)
 
     monkeypatch.setattr(cluster, "_wait", signalled)
     with pytest.raises(SystemExit) as ended:

@@ -1,0 +1,1 @@
+"""What `dmi launch check` measures on the nodes, and what it makes of that."""

@@ -1,0 +1,35 @@
+#!/bin/bash
+# dmi launch: train on LUMI-G (CSC), AMD MI250X
+#SBATCH --job-name=dmi-elemnet
+#SBATCH --nodes=16
+#SBATCH --time=02:00:00
+#SBATCH --account=mat123
+#SBATCH --partition=standard-g
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=56
+#SBATCH --gpus-per-node=8
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/scratch/ada/runs/elemnet/logs/job-%j.out
+
+# Its network and its devices.
+export NCCL_SOCKET_IFNAME=hsn0,hsn1,hsn2,hsn3
+export NCCL_NET_GDR_LEVEL=3
+export MIOPEN_USER_DB_PATH="/tmp/miopen-${USER}-${SLURM_JOB_ID}"
+export MIOPEN_CUSTOM_CACHE_DIR="/tmp/miopen-${USER}-${SLURM_JOB_ID}"
+# What this job writes is its user's alone; nothing is imported from the folder it starts in.
+umask 077
+export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+
+# All the rest is this command's, which takes the place of the shell: signals reach it.
+exec /home/ada/env/bin/python -P -m dmi_hpc launch \
+  --machine=lumi \
+  --nodes=16 \
+  --time=02:00:00 \
+  --account=mat123 \
+  --chain=requeue \
+  --max-jobs=20 \
+  --out=/scratch/ada/runs/elemnet \
+  train \
+  /home/ada/recipes/elemnet.toml

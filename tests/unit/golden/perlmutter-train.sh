@@ -1,0 +1,37 @@
+#!/bin/bash -l
+# dmi launch: train on Perlmutter (NERSC), NVIDIA A100
+#SBATCH --job-name=dmi-elemnet
+#SBATCH --nodes=16
+#SBATCH --time=02:00:00
+#SBATCH --account=mat123
+#SBATCH --qos=regular
+#SBATCH --constraint=gpu
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=128
+#SBATCH --gpus-per-node=4
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/scratch/ada/runs/elemnet/logs/job-%j.out
+
+# The software of this machine.
+module load nccl || exit 2
+# Its network and its devices.
+export NCCL_SOCKET_IFNAME=hsn
+export NCCL_NET_GDR_LEVEL=PHB
+export NCCL_CROSS_NIC=1
+# What this job writes is its user's alone; nothing is imported from the folder it starts in.
+umask 077
+export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+
+# All the rest is this command's, which takes the place of the shell: signals reach it.
+exec /home/ada/env/bin/python -P -m dmi_hpc launch \
+  --machine=perlmutter \
+  --nodes=16 \
+  --time=02:00:00 \
+  --account=mat123 \
+  --chain=requeue \
+  --max-jobs=20 \
+  --out=/scratch/ada/runs/elemnet \
+  train \
+  /home/ada/recipes/elemnet.toml
