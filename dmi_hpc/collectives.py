@@ -18,8 +18,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import ip_address
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlparse
 
 import psutil
 import torch
@@ -30,7 +32,7 @@ from torch.distributed.rendezvous import rendezvous
 from dmi_hpc import knobs
 from dmi_hpc.data.build import Alone, Communicator
 from dmi_hpc.errors import (
-    EXIT_USER_ERROR,
+    EXIT_RANK_LOST,
     DMIError,
     Interrupted,
     LaunchError,
@@ -56,7 +58,7 @@ def device_of(world: World) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     # mpirun and srun can show each rank nothing but its own GPU; torchrun and dmi launch do not
-    own = count == 1 and world.source in ("openmpi", "pmi", "slurm")
+    own = count == 1 and world.is_bound
     if world.local_rank >= count and not own:
         raise LaunchError(
             f"rank {world.rank} is number {world.local_rank + 1} on a node with {count} GPUs: "
@@ -99,6 +101,8 @@ def _join(
     store: Any = kept
     try:
         if store is None:
+            store = _own_store(world, url, timeout)
+        if store is None:
             store, _, _ = next(iter(rendezvous(url, world.rank, world.size, timeout=timeout)))
         store.set_timeout(timeout)
         store.set(f"joined/{world.rank}", "")
@@ -110,7 +114,7 @@ def _join(
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
-    except (RuntimeError, TimeoutError) as error:  # torch's DistError, gloo's own
+    except (RuntimeError, OSError) as error:  # torch's DistError, gloo's own; no such address
         asked = range(world.size) if store is not None else ()
         absent = [rank for rank in asked if not store.check([f"joined/{rank}"])]
         raise LaunchError(
@@ -228,11 +232,42 @@ def _by_mpi(world: World, comm: Any, timeout_s: float) -> tuple[str, TCPStore | 
     with together(comm.allgather):
         if world.is_first:
             host = _own_host(world)
-            timeout = timedelta(seconds=timeout_s)
-            store = TCPStore(host, 0, world.size, True, timeout, wait_for_workers=False)
+            store = _listening(host, 0, world, timedelta(seconds=timeout_s))
             url = f"tcp://{host}:{store.port}"
     url = comm.bcast(url, root=0)
     return url, store
+
+
+def _own_store(world: World, url: str, timeout: timedelta) -> TCPStore | None:
+    """Rank 0's store where the ranks meet, if that is an IP address: torch's own way, which is left
+    to host names (they may mean another address to the others), listens on every interface."""
+    place = urlparse(url)
+    host, port = place.hostname or "", place.port or 0
+    if place.scheme == "env":
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if not world.is_first or _agent_holds_store() or not _is_address(host):
+        return None
+    return _listening(host, port, world, timeout)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _listening(host: str, port: int, world: World, timeout: timedelta) -> TCPStore:
+    """A store that listens at one address of this node alone. port 0: the kernel chooses."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family)
+    port = listener.getsockname()[1]
+    return TCPStore(
+        *(host, port, world.size, True, timeout),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def _own_host(world: World) -> str:
@@ -299,7 +334,7 @@ def _ending_all(comm: Any) -> Iterator[None]:
     except RankLost as error:  # MPI_Finalize would wait for the lost one
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
-        comm.Abort(EXIT_USER_ERROR)
+        comm.Abort(EXIT_RANK_LOST)
         raise
     except _ALIKE:  # raised by all ranks
         raise

@@ -5,7 +5,8 @@ and what to do; the command line prints it without a traceback and exits with ``
 ``TrialFailure`` is for the search: a typed reason why one network got no fitness; never fatal.
 
 Exit codes of every command: 0 done; 1 the training failed (``TrialFailure``) or a traceback; 2 the
-user can mend it (``DMIError``; also a lost rank); 75 interrupted: state is saved, requeue it.
+user can mend it (``DMIError``); 69 another rank was lost; 75 interrupted: state is saved, requeue
+it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Literal
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
+# EX_UNAVAILABLE of sysexits.h: another rank is gone, perhaps with its node; the last checkpoint is
+# whole, and the same command with --resume continues. The machine's fault as long as it is not again.
+EXIT_RANK_LOST = 69
 # EX_TEMPFAIL of sysexits.h: state is saved, the same command with --resume continues. What a batch
 # script tests to requeue its job.
 EXIT_INTERRUPTED = 75
@@ -29,7 +33,9 @@ TRANSIENT: frozenset[FailureKind] = frozenset({"lost", "data"})
 
 
 class DMIError(ValueError):
-    """Something the user can mend: found / expected / what to do."""
+    """Something the user can mend: found / expected / what to do. echo: another rank met it."""
+
+    echo = False
 
 
 class RecipeError(DMIError):
@@ -106,7 +112,9 @@ def together(share: Callable[[Failed | None], list[Failed | None]]) -> Iterator[
     for rank, failed in enumerate(share(None)):
         if failed is not None:
             kind, text = failed
-            raise kind(f"rank {rank}: {text}")
+            told = kind(f"rank {rank}: {text}")
+            told.echo = True
+            raise told
 
 
 def counted(count: int, noun: str) -> str:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Literal, Protocol
 
-from dmi_hpc.errors import EXIT_USER_ERROR
+from dmi_hpc.errors import EXIT_RANK_LOST
 
 # here; done: left as all will; failed: left by an error of its own; bereft: left because of another
 State = Literal["here", "done", "failed", "bereft"]
@@ -236,7 +236,7 @@ class Heartbeat:
                 if not (self._ended.wait(self._period) or self._main_knows):
                     sys.stderr.write(f"error: {message(self._rank, found)}\n")
                     sys.stderr.flush()
-                    os._exit(EXIT_USER_ERROR)
+                    os._exit(EXIT_RANK_LOST)
 
     def _begin_reading(self, now: float) -> None:
         with self._lock:

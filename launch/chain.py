@@ -25,13 +25,15 @@ class Outcome:
 @dataclass(frozen=True)
 class Situation:
     """What is known at the end of a session. sessions: of this chain so far, this one too; used_h:
-    their node-hours; idle: of them, in a row at the end, without progress; successor: the job that
-    is in the queue already; cancelled: by the user."""
+    their node-hours; idle: of them, in a row at the end, without progress; cancelled: by the user;
+    requeued: by the scheduler itself already, as after preemption; successor: the job that is in the
+    queue."""
 
     sessions: int
     used_h: float
     idle: int
     cancelled: bool = False
+    requeued: bool = False
     successor: str | None = None
 
 
@@ -39,6 +41,8 @@ def following(job: Job, outcome: Outcome, now: Situation) -> tuple[Outcome, str]
     """How it is to be called, and what follows: "requeue", the id of a successor, or "none"."""
     if outcome.how != "interrupted":
         return outcome, NOTHING
+    if now.requeued and not now.cancelled:
+        return outcome, REQUEUE
     ended = _ended(job, now)
     if ended is not None:
         return Outcome(ended[0], outcome.code, _joined(outcome.why, ended[1])), NOTHING

@@ -274,6 +274,14 @@ def _failures(nodes: Sequence[Node], probe: str, title: str, remedy: str) -> lis
     return [Finding(title, "FAILURE", text, "an answer", remedy)]
 
 
+def shown(report: Report) -> int:
+    """Print the page of `report`; returns its exit code."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 100).print(page(report))
+    return report.exit_code
+
+
 def page(report: Report) -> RenderableType:
     """The report for a terminal: a line for each check, what to do, and the verdict."""
     from rich.console import Group

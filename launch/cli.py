@@ -22,7 +22,7 @@ from launch.machine_tools import machines, pack
 from launch.stages import STAGES, arguments_of, stages_of
 from launch.tools import TOOLS
 
-ALL = (*STAGES, "all")
+ALL = (*STAGES, "all", "check")
 
 
 class Group(TyperGroup):
@@ -59,7 +59,10 @@ def _option(field: str, help_: str) -> Any:
 @app.command(name="run")
 def launch(
     stage: Annotated[str, typer.Argument(help=" | ".join(ALL))],
-    recipe: Annotated[Path, typer.Argument(help="recipe (TOML): the whole run in one file")],
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="recipe (TOML): the whole run in one file; check: a folder"),
+    ] = None,
     extra: Annotated[
         list[str] | None, typer.Argument(help="further arguments of the stage, after --")
     ] = None,
@@ -96,19 +99,19 @@ def launch(
 
     `all` goes from nothing to the report: data, search (if the recipe trains its winner), training,
     evaluation, report. With --nodes or --time it becomes a job of the batch system; inside an
-    allocation it uses the nodes of that; else it runs on this machine.
+    allocation it uses the nodes of that; else it runs on this machine. `check` looks at the nodes and
+    the file system of a folder before a big job.
     """
     if stage not in ALL:
         raise LaunchError(f"no stage '{stage}'; stages: {', '.join(ALL)}")
     require_place(os.environ)
-    loaded = recipe_of(recipe)
-    folder = (out or Path("runs") / loaded.name).resolve()
+    loaded, recipe, folder = _of(stage, recipe, out)
     values: dict[str, Any] = {
         "stage": stage,
-        "recipe": recipe.resolve(),
+        "recipe": recipe,
         "out": folder,
         "ranks": ranks,
-        "name": name or loaded.name,
+        "name": name or (loaded.name if loaded else stage),
         "account": account,
         "queue": queue,
         "qos": qos,
@@ -135,10 +138,30 @@ def launch(
         from launch.session import conducted
 
         sys.exit(conducted(inside, values, loaded))
+    elif loaded is None:
+        _check_here(folder)
     elif detect().size > 1:
         _become_a_rank(stage, recipe, folder, tuple(extra or ()))
     else:
         _here(stage, recipe, folder, loaded, values)
+
+
+def _of(stage: str, recipe: Path | None, out: Path | None) -> tuple[Recipe | None, Path, Path]:
+    """(recipe, its file, run folder); of a check: (None, the folder, twice)."""
+    if stage == "check":
+        folder = (out or recipe or Path()).resolve()
+        return None, folder, folder
+    if recipe is None:
+        raise LaunchError(f"the recipe is missing: dmi launch {stage} RECIPE")
+    loaded = recipe_of(recipe)
+    return loaded, recipe.resolve(), (out or Path("runs") / loaded.name).resolve()
+
+
+def _check_here(folder: Path) -> None:
+    from launch.check import check_here, shown
+
+    with stop_on_signals() as stop:
+        sys.exit(shown(check_here(folder, stop)))
 
 
 def _become_a_rank(stage: str, recipe: Path, folder: Path, extra: tuple[str, ...]) -> None:

@@ -23,13 +23,23 @@ from tempfile import mkdtemp
 from typing import NoReturn
 
 from dmi_hpc import knobs
-from dmi_hpc.errors import EXIT_INTERRUPTED, LaunchError
+from dmi_hpc.errors import EXIT_INTERRUPTED, EXIT_RANK_LOST, LaunchError
 from dmi_hpc.files import writing
 from dmi_hpc.watch import StopFlag
 
 GRACE_S = 30.0  # for a checkpoint after a signal, before a process is killed
 POLL_S = 0.1
 TAIL_LINES = 15  # of a log, in an error
+
+
+class PartFailed(LaunchError):
+    """code: of its process. lost: a rank or a node went, rather than that something is wrong."""
+
+    def __init__(self, part: Part, code: int) -> None:
+        super().__init__(_explain(part, code))
+        self.code = code
+        # by a signal, as srun and mpirun pass it on too
+        self.lost = code == EXIT_RANK_LOST or code < 0 or code > 128
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def stand_by(
 ) -> bool:
     """Start `parts` and wait until all have ended; True if they were stopped with all state saved.
 
-    None is started if `stop` is set already. look: called all the while. Raises LaunchError naming
+    None is started if `stop` is set already. look: called all the while. Raises PartFailed naming
     the part that failed first, with the end of its log.
     """
     if stop:
@@ -124,7 +134,7 @@ def stand_by(
     with _started(parts) as processes:
         failed = _wait(parts, processes, stop, look)
     if failed is not None:
-        raise LaunchError(_explain(parts[failed], int(processes[failed].returncode)))
+        raise PartFailed(parts[failed], int(processes[failed].returncode))
     needed = [p.returncode for part, p in zip(parts, processes, strict=True) if not part.helper]
     return bool(stop) or EXIT_INTERRUPTED in needed
 

@@ -9,28 +9,63 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 
 from dmi_hpc.config import Recipe
 from dmi_hpc.deadline import FLOOR_S
-from dmi_hpc.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, DMIError
+from dmi_hpc.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, DMIError, LaunchError
 from dmi_hpc.sessions import Session, cancelled, node_hours, sessions, submissions
 from dmi_hpc.watch import StopFlag
 from launch.allocation import Allocation
 from launch.chain import NOTHING, REQUEUE, Outcome, Situation, following
-from launch.cluster import stand_by
+from launch.cluster import PartFailed, stand_by
 from launch.job import Job
 from launch.pack import tidy_command
 from launch.parts import Parts, island_of
 from launch.records import Recorder, progress_of
-from launch.scheduler import Scheduler
+from launch.scheduler import Details, Scheduler, scheduler_of
 from launch.stages import stages_of
 from launch.submit import SCRIPT, submission
 
 KEEP_S = 5.0  # after the stages' own end: to close Ray, to write down what happened, to go on
 LATE_S = 2.0  # that a stage may be, which knows when it must have stopped
 LOOK_S = 60.0  # between questions to the scheduler
+PATIENCE_S, ANSWER_S = 5.0, 20.0  # for one answer of it
+
+
+class Inquiry:
+    """What the scheduler says of this job, asked beside everything else: it may take its time."""
+
+    def __init__(self, allocation: Allocation) -> None:
+        self._job, self._name = allocation.job, allocation.scheduler
+        self._thread: threading.Thread | None = None
+        self._said: Details | None = None
+
+    def begin(self) -> None:
+        """Ask, unless an answer is awaited already."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._ask, daemon=True)
+            self._thread.start()
+
+    def take(self) -> Details | None:
+        """An answer that came since the last call."""
+        said, self._said = self._said, None
+        return said
+
+    def answer(self) -> Details | None:
+        """Ask and wait. None: nobody answers."""
+        self.begin()
+        if self._thread is not None:
+            self._thread.join(ANSWER_S)
+        return self.take()
+
+    def _ask(self) -> None:
+        try:
+            self._said = scheduler_of(self._name, PATIENCE_S).details(self._job)
+        except LaunchError:  # then the stages stop by what they know of the time
+            self._said = None
 
 
 class Conductor:
@@ -41,6 +76,7 @@ class Conductor:
     ) -> None:
         self._job, self._recipe, self._allocation = job, recipe, allocation
         self._scheduler, self._stop = scheduler, stop
+        self._inquiry = Inquiry(allocation)
         self._island = island_of(allocation, job)
         self._recorder = Recorder(job.out, allocation.job)
         self._stages = stages_of(recipe, job.stage)
@@ -108,9 +144,15 @@ class Conductor:
         last = len(self._before) + 1 >= self._job.max_jobs
         if self._job.chain != "dependency" or last:
             return None
+        own, task = self._allocation.job, self._allocation.task or None
+        for entry in submissions(self._job.out):  # by this job's session before it was requeued
+            if entry.after == own and entry.why == "chain":
+                state = self._scheduler.states([entry.job]).get(entry.job)
+                if state is not None and state.phase == "queued":
+                    return entry.job
         script = self._job.out / "launch" / SCRIPT
-        successor = self._scheduler.submit(script, after=self._allocation.job, cwd=self._job.out)
-        said = submission(self._job, successor, after=self._allocation.job, why="chain")
+        successor = self._scheduler.submit(script, after=own, cwd=self._job.out, array=task)
+        said = submission(self._job, successor, after=own, why="chain")
         self._recorder.event("submitted", **said)
         return successor
 
@@ -122,26 +164,20 @@ class Conductor:
         parts = Parts(self._job, self._recipe, self._allocation, ends)
         for stage in self._stages:
             self._recorder.event("stage", stage=stage, state="began")
-            began, code, why = time.monotonic(), EXIT_OK, ""
+            began, code, why, lost = time.monotonic(), EXIT_OK, "", False
             try:
                 if stand_by(parts.of(stage), self._stop, look=self._look):
                     code = EXIT_INTERRUPTED
             except DMIError as error:
                 code, why = EXIT_USER_ERROR, str(error)
+                lost = isinstance(error, PartFailed) and error.lost
             seconds = time.monotonic() - began
             self._recorder.event("stage", stage=stage, state="ended", code=code, seconds=seconds)
+            if lost:
+                return Outcome("interrupted", EXIT_INTERRUPTED, why)
             if code != EXIT_OK:
-                return self._stopped(stage, code, why)
+                return Outcome("interrupted" if code == EXIT_INTERRUPTED else "failed", code, why)
         return Outcome("finished", EXIT_OK)
-
-    def _stopped(self, stage: str, code: int, why: str) -> Outcome:
-        """A stage that a lost node took with it is interrupted; another one that ends has failed."""
-        if code == EXIT_INTERRUPTED:
-            return Outcome("interrupted", code)
-        lost = self._scheduler.lost(self._allocation.nodes)
-        if lost:
-            return Outcome("interrupted", EXIT_INTERRUPTED, f"{stage} lost {', '.join(lost)}")
-        return Outcome("failed", code, why)
 
     def _warn(self, number: int, frame: FrameType | None) -> None:
         self._warned = True
@@ -154,15 +190,21 @@ class Conductor:
         # the stages have stopped by themselves by then, unless they know nothing of time
         if self._end is not None and now > self._end - KEEP_S - FLOOR_S + LATE_S:
             self._ask_to_stop("the time is over")
-        elif self._warned or seconds > self._look_at:
-            warned, self._warned, self._look_at = self._warned, False, seconds + LOOK_S
-            self._ask_scheduler(now, warned=warned)
+            return
+        if self._warned or seconds > self._look_at:
+            self._look_at = seconds + LOOK_S
+            self._inquiry.begin()
+        self._heed(self._inquiry.take(), now)
 
-    def _ask_scheduler(self, now: float, *, warned: bool) -> None:
-        if self._scheduler.details(self._allocation.job).preempted:
-            self._ask_to_stop("the scheduler takes the nodes back (preemption)")
-        elif warned and (self._end is None or self._end - now > 2 * self._job.signal_s + LOOK_S):
-            self._ask_to_stop("SIGUSR1 came, long before the time is over")
+    def _heed(self, details: Details | None, now: float) -> None:
+        """details: what the scheduler said since the last look; None: nothing."""
+        if details is not None and (details.preempted or details.requeued):
+            self._ask_to_stop("the scheduler takes the nodes back")
+        elif self._warned:
+            self._warned = False
+            far = self._end is None or self._end - now > 2 * self._job.signal_s + LOOK_S
+            if far:
+                self._ask_to_stop("SIGUSR1 came, long before the time is over")
 
     def _ask_to_stop(self, why: str) -> None:
         self._recorder.event("stop", why=why)
@@ -177,19 +219,16 @@ class Conductor:
                 if session.moved is not False:
                     break
                 idle += 1
+        details = self._inquiry.answer()
+        given_up = cancelled(self._job.out, self._allocation.job)
         return Situation(
             sessions=len(self._before) + 1,
             used_h=node_hours(self._job.out),
             idle=idle,
-            cancelled=self._is_cancelled(),
+            cancelled=given_up or (details is not None and details.cancelled),
+            requeued=details is not None and details.requeued,
             successor=successor,
         )
-
-    def _is_cancelled(self) -> bool:
-        if cancelled(self._job.out, self._allocation.job):
-            return True
-        details = self._scheduler.details(self._allocation.job)
-        return bool(self._stop) and details.cancelled
 
     def _record_start(self) -> None:
         allocation = self._allocation

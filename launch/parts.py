@@ -9,17 +9,19 @@ import signal
 import sys
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dmi_hpc import knobs
 from dmi_hpc.config import Recipe
-from dmi_hpc.errors import LaunchError
 from dmi_hpc.files import write_text
+from dmi_hpc.watch import StopFlag
 from launch.allocation import Allocation
+from launch.check import Report, mpi_command, rank_command, records, run_check, storage_of
 from launch.cluster import Part, command_line
 from launch.job import Job
 from launch.network import free_port, interface_of
+from launch.preflight.findings import Expected
 from launch.ray_node import Spec
 from launch.stages import arguments_of
 from launch.steps import Meeting, Step, command_of, per_node, rank_step, step_environment
@@ -39,7 +41,7 @@ class Parts:
     """Of the stages of `job`. ends: epoch seconds by which they must have stopped; None: no end."""
 
     job: Job
-    recipe: Recipe
+    recipe: Recipe | None  # a check needs none
     allocation: Allocation
     ends: float | None
 
@@ -58,8 +60,6 @@ class Parts:
                 step = rank_step(command, size, self.allocation, self._meeting(stage))
             case "data":
                 step = Step(command, nodes, 1, self.allocation.cpus, "mpi")
-            case "check":
-                step = rank_step(self._check(), (nodes, 1), self.allocation, self._meeting(stage))
             case _:
                 return [Part(f"dmi {stage}", command, {**env, knobs.WORLD: "single"})]
         name = f"dmi {stage} ({step.size} tasks on {step.nodes} nodes)"
@@ -72,9 +72,8 @@ class Parts:
         return Part(name, self._on_nodes(step, env), env, stop=ASK)
 
     def _ranks_wanted(self) -> int | None:
-        if self.job.ranks is not None or self.recipe.launch.ranks == "auto":
-            return self.job.ranks
-        return self.recipe.launch.ranks
+        said = "auto" if self.recipe is None else self.recipe.launch.ranks
+        return self.job.ranks if self.job.ranks is not None or said == "auto" else said
 
     def _on_nodes(self, step: Step, env: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(command_of(step, self.allocation, self.job.machine, env))
@@ -137,8 +136,22 @@ class Parts:
             Part("dmi search", command, {**env, **ray}),
         ]
 
-    def _check(self) -> tuple[str, ...]:
-        raise LaunchError("not yet")
+    def check(self, stop: StopFlag) -> Report:
+        """Run the preflight on every node and judge it."""
+        machine, allocation, env = self.job.machine, self.allocation, self._environment()
+        nodes = len(allocation.nodes)
+        with records(self.job.out / "launch") as folder:
+            cuda = allocation.gpus > 0 and machine.gpu in ("nvidia", "amd")
+            command = rank_command(folder, storage_of(machine.node_storage, os.environ), cuda=cuda)
+            ranks = rank_step(command, (nodes, 1), allocation, self._meeting("check"))
+            # not as ranks: those may be shown one GPU each, and one that fails would end the others
+            steps = [replace(ranks, kind="nodes")]
+            if machine.mpi or machine.launcher == "mpirun":
+                mpi = Step(mpi_command(folder), nodes, 1, allocation.cpus, "mpi")
+                steps.insert(0, mpi)
+            parts = [[Part("dmi launch check", self._on_nodes(s, env), env)] for s in steps]
+            expected = Expected(allocation.nodes, allocation.gpus, allocation.cpus, len(steps) == 2)
+            return run_check(parts, folder, expected, stop)
 
 
 def _write_private(path: Path, text: str) -> None:

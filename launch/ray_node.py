@@ -12,28 +12,27 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from types import FrameType
-from typing import Any
 
 import psutil
 
-from dmi_hpc import knobs
 from dmi_hpc.errors import EXIT_OK, EXIT_USER_ERROR, STOP_SIGNALS, DMIError, LaunchError
 from launch.network import LOOPBACK, addresses, free_port, interface_of
+from launch.ray_start import Place, Spec, command, environment, node_number
 
-# by preference: mpirun inside Slurm starts its own helpers by srun, whose numbers are not its ranks'
-NODE_NUMBERS = ("OMPI_COMM_WORLD_RANK", "PALS_NODEID", "PALS_RANKID", "PMI_RANK", "SLURM_NODEID")
+__all__ = ["Spec", "main"]
+
 PREFIX, LOCK = "dmi-ray-", "lock"  # of temporary folders, as in search.cluster.environment
 # Ray's sockets below it (/session_2026-01-31_23-59-59_123456_PID/sockets/plasma_store) have at most
 # 107 bytes, those of AF_UNIX
@@ -41,138 +40,11 @@ ROOT_BYTES = 107 - 65 - len(PREFIX) - 9 - 2
 DASHBOARD_NEEDS = ("aiohttp_cors", "opencensus", "prometheus_client")  # of ray[default]
 JOINS = 3  # attempts of a node
 REJOIN_S = 120.0  # for the head to be reachable again
+KILLED_S = 5.0  # until a killed process is gone; one that hangs in the kernel is left to it
 POLL_S = 0.1
 TAIL_LINES = 12
-# `ray start` of an installation without grpcio: a server for ray:// clients less, on the head, and
-# less of an agent on every node, which would show its figures on all interfaces without a token
-BARE = "import sys; sys.modules['grpc'] = None; from ray.scripts.scripts import main; main()"
-WHOLE = "from ray.scripts.scripts import main; main()"
-# Slurm on AMD shows a task its own GPUs by ROCR; Ray wants HIP's list, which counts within them
-ROCR, HIP = "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
-VARIABLES = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "GRPC_DNS_RESOLVER": "native",
-    # served to everybody on all interfaces where prometheus_client is installed
-    "RAY_enable_metrics_collection": "0",
-    # the dashboard's own figures: a port of the kernel's choice, not one for all users
-    "DASHBOARD_METRIC_PORT": "0",
-    # a node that crashed is noticed after about 10 s, one that was cut off after 40 s, instead of 15 s
-    # and 65 s. Not less: a living node taken for dead is lost for good
-    "RAY_health_check_initial_delay_ms": "5000",
-    "RAY_health_check_period_ms": "3000",
-    "RAY_health_check_timeout_ms": "10000",
-    "RAY_health_check_failure_threshold": "3",
-    # else every node starts as many workers as it has CPUs when the search connects
-    "RAY_prestart_worker_first_driver": "0",
-    # a worker is no rank, whatever the step that Ray is in says
-    knobs.WORLD: "single",
-}
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Ray on all nodes of a job.
-
-    head: IPv4 address of node 0, where Ray's head listens at `port`; cpus, gpus: of each node that
-    trials may use; interfaces: of the network between the nodes, in order of preference, empty: the
-    one towards the head; token: a file (0600) that all nodes see; memory_bytes: of each node for
-    Ray's own count, None: what is free; temp_root: folder of each node's own, never a shared one.
-    """
-
-    head: str
-    port: int
-    nodes: int
-    cpus: int
-    gpus: int
-    token: str
-    object_store_bytes: int = 100_000_000
-    memory_bytes: int | None = None
-    interfaces: tuple[str, ...] = ()
-    dashboard: bool = False
-    temp_root: str = "/tmp"
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Spec:
-        return cls(**{**value, "interfaces": tuple(value["interfaces"])})
-
-    @property
-    def address(self) -> str:
-        """What RAY_ADDRESS is for the search."""
-        return f"{self.head}:{self.port}"
-
-
-def node_number(env: Mapping[str, str]) -> int:
-    """Which of the nodes this is, as the launcher of its one task says. LaunchError if none does."""
-    for name in NODE_NUMBERS:
-        if env.get(name, "").isdecimal():
-            return int(env[name])
-    raise LaunchError(
-        f"no launcher says which node this is: expected one of {', '.join(NODE_NUMBERS)}; start one "
-        "task a node by srun, mpirun or mpiexec"
-    )
-
-
-@dataclass(frozen=True)
-class Place:
-    """One node. number 0 is the head; address: its own; folder: for Ray's sockets and logs there;
-    client_port, dashboard_port: free ones, of the head."""
-
-    number: int
-    address: str
-    folder: Path
-    client_port: int = 0
-    dashboard_port: int = 0
-
-    @property
-    def rays(self) -> Path:
-        """Ray lets everybody write into its own folder: nobody else gets past the one above."""
-        return self.folder / "r"
-
-
-def command(spec: Spec, place: Place) -> list[str]:
-    """``ray start`` by this interpreter; every port that is not given is the kernel's choice."""
-    head = [
-        *("--head", f"--port={spec.port}", "--no-monitor"),
-        f"--include-dashboard={str(spec.dashboard).lower()}",
-        f"--dashboard-host={LOOPBACK}",
-        f"--dashboard-port={place.dashboard_port}",
-        *([f"--ray-client-server-port={place.client_port}"] if spec.dashboard else []),
-    ]
-    memory = [] if spec.memory_bytes is None else [f"--memory={spec.memory_bytes}"]
-    return [
-        *(sys.executable, "-P", "-c", WHOLE if spec.dashboard else BARE, "start", "--block"),
-        *(head if place.number == 0 else [f"--address={spec.address}"]),
-        f"--node-ip-address={place.address}",
-        f"--num-cpus={spec.cpus}",
-        f"--num-gpus={spec.gpus}",
-        f"--object-store-memory={spec.object_store_bytes}",
-        *memory,
-        f"--temp-dir={place.rays}",
-        *("--min-worker-port=0", "--max-worker-port=0", "--object-manager-port=0"),
-        *("--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0"),
-        *("--runtime-env-agent-port=0", "--metrics-export-port=0"),
-        *("--include-log-monitor=false", "--log-style=record", "--log-color=false"),
-    ]
-
-
-def environment(spec: Spec, env: Mapping[str, str]) -> dict[str, str]:
-    """Of Ray's processes, and so of the trials."""
-    kept = {
-        name: value for name, value in env.items() if name not in ("RAY_ADDRESS", knobs.LAUNCHED)
-    }
-    own = {**VARIABLES, "RAY_AUTH_TOKEN_PATH": spec.token}
-    if env.get("PYTHONPATH"):  # workers run in other folders
-        entries = (
-            str(Path(entry).absolute()) for entry in env["PYTHONPATH"].split(os.pathsep) if entry
-        )
-        own["PYTHONPATH"] = os.pathsep.join(entries)
-    if env.get(ROCR) and not env.get(HIP):
-        own[HIP] = ",".join(map(str, range(len(env[ROCR].split(",")))))
-    return {**kept, **own}
+# an error in a log of Ray's servers: "[2026-01-31 23:59:59,123 E 12 34] ..."
+SEVERE = re.compile(r"\[\S+ \S+ [ECF] ")
 
 
 def place_of(spec: Spec, number: int, folder: Path) -> Place:
@@ -265,9 +137,10 @@ def serve(spec: Spec, place: Place, stop: Stopped) -> None:
         finally:
             _end_all(started)
     if not stop:
+        said, why = _last_words(place), f"Ray on node {place.number} ({place.address})"
         raise LaunchError(
-            f"Ray on node {place.number} ({place.address}, {socket.gethostname()}) ended with exit code "
-            f"{started.returncode}; its last words:\n{_last_words(place)}"
+            f"{why} ended with exit code {started.returncode}: {said[0]}\nIts last words:\n"
+            + "\n".join(said[1:])
         )
 
 
@@ -303,19 +176,45 @@ def _end_all(started: subprocess.Popen[bytes]) -> None:
     """Kill all that Ray has started here: what loses its parent becomes our child (subreaper)."""
     started.kill()
     started.wait()
-    while left := psutil.Process().children(recursive=True):
+    end = time.monotonic() + KILLED_S
+    while (left := psutil.Process().children(recursive=True)) and time.monotonic() < end:
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(left, timeout=1.0)
 
 
-def _last_words(place: Place) -> str:
-    """Of Ray's starter, then of what its servers wrote when they failed."""
+def _last_words(place: Place) -> list[str]:
+    """The last line of Ray's starter; then the end of what it said, and errors of Ray's servers."""
     logs = place.rays / "session_latest" / "logs"
-    files = [place.folder / "start.log", *sorted(logs.glob("*.err")), *logs.glob("gcs_server.out")]
-    texts = (file.read_text(encoding="utf-8", errors="replace").splitlines() for file in files)
-    return "\n".join(line for lines in texts for line in lines[-TAIL_LINES:] if line.strip())
+    lines = _lines(place.folder / "start.log") or ["nothing"]
+    errors = [
+        line
+        for file in sorted(
+            (*logs.glob("*.err"), *logs.glob("gcs_server.out"), *logs.glob("raylet.out"))
+        )
+        for line in _lines(file)
+        if file.suffix == ".err" or SEVERE.match(line)
+    ]
+    return [lines[-1], *lines[-TAIL_LINES:-1], *errors[-TAIL_LINES:]]
+
+
+def _lines(file: Path) -> list[str]:
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_spec(file: Path) -> Spec:
+    """LaunchError if this node cannot read it, or the token."""
+    try:
+        spec = Spec.from_json(json.loads(file.read_text(encoding="utf-8")))
+        Path(spec.token).read_bytes()
+    except OSError as error:
+        raise LaunchError(
+            f"{error.filename}: cannot be read on {socket.gethostname()} ({error.strerror}): the run "
+            "folder must lie where all nodes of the job see it"
+        ) from None
+    return spec
 
 
 def main(arguments: list[str]) -> int:
@@ -324,7 +223,7 @@ def main(arguments: list[str]) -> int:
     _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
     stop = Stopped()
     try:
-        spec = Spec.from_json(json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
+        spec = read_spec(Path(arguments[0]))
         number = node_number(os.environ)
         with private_folder(spec.temp_root) as folder:
             place = place_of(spec, number, folder)

@@ -67,7 +67,7 @@ def slurm_options(job: Job) -> list[str]:
         f"--signal=B:USR1@{job.signal_s}",
         "--requeue" if job.chain == "requeue" else "--no-requeue",
         # the search goes on with the nodes that are left
-        *_if(job.stage in ("search", "all"), "--no-kill"),
+        *_if(job.stage in ("search", "all", "check"), "--no-kill"),
         "--open-mode=append",
         f"--output={_output(job)}",
         *machine.directives,

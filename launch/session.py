@@ -16,17 +16,22 @@ from dmi_hpc.config import Recipe
 from dmi_hpc.errors import LaunchError
 from dmi_hpc.watch import stop_on_signals
 from launch.allocation import Allocation, SchedulerName, job_id, of_pbs, of_slurm
+from launch.check import shown
 from launch.cluster import command_line
 from launch.conductor import Conductor
 from launch.job import SHORTEST_S, Job, describe
 from launch.machines import Machine, detect_machine, load_machine
+from launch.parts import Parts
 from launch.scheduler import Scheduler, scheduler_of
 
 ENDLESS_S = 365 * 86_400  # what an allocation without an end is called
 
 
-def conducted(inside: SchedulerName, values: Mapping[str, Any], recipe: Recipe) -> int:
-    """Run the job that the command line describes in this allocation; returns the exit code."""
+def conducted(inside: SchedulerName, values: Mapping[str, Any], recipe: Recipe | None) -> int:
+    """Run the job that the command line describes in this allocation; returns the exit code.
+
+    recipe: None for a check.
+    """
     scheduler = scheduler_of(inside)
     machine = _machine(inside, values["machine"])
     allocation = allocation_of(inside, scheduler, machine)
@@ -38,6 +43,8 @@ def conducted(inside: SchedulerName, values: Mapping[str, Any], recipe: Recipe) 
         f"{allocation.cpus} CPUs and {allocation.gpus} GPUs each\n"
     )
     with stop_on_signals() as stop:
+        if recipe is None:
+            return shown(Parts(job, None, allocation, None).check(stop))
         return Conductor(job, recipe, allocation, scheduler, stop).run()
 
 

@@ -175,6 +175,8 @@ def _run(run: Run, driver: Driver, unit: str, stop: StopFlag) -> None:
             # Ray has put a handler over ours that dumps and dies
             stop.arm(leave)
             driver.start(found.workers, found.trial_memory_GB, {"unit": unit})
+            if found.missing:
+                console().print(f"warning: {found.missing}", markup=False)
             device = "GPU" if found.gpus else "main"
             console().print(
                 f"{found.workers} workers; a trial may use {found.trial_memory_GB:.3g} GB of "

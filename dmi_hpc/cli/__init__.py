@@ -1,7 +1,8 @@
 """``dmi``: one command, its sub-commands imported only when named.
 
 Exit codes: 0 done; 1 a failure with a traceback or a typed training failure; 2 something the user
-can mend; 75 stopped by a signal or deadline with all state saved (``--resume`` continues).
+can mend; 69 another rank was lost; 75 stopped by a signal or deadline with all state saved
+(``--resume`` continues).
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from pathlib import Path
 from dmi_hpc import __version__, knobs
 from dmi_hpc.errors import (
     EXIT_INTERRUPTED,
+    EXIT_RANK_LOST,
     EXIT_USER_ERROR,
     STOP_SIGNALS,
     DMIError,
     Interrupted,
+    RankLost,
     TrialFailure,
 )
 
@@ -35,7 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("dmi_hpc.cli.predict", "predict a user's inputs with a trained network"),
     "export": ("dmi_hpc.cli.export", "a trained network for other programs: ONNX, torch.export"),
     "report": ("dmi_hpc.cli.report", "one self-contained HTML file of a run"),
-    "launch": ("launch.cli", "start any of these, or all, on this machine"),
+    "launch": ("launch.cli", "start any of these, or all: here, on many nodes, as a job"),
     "info": ("dmi_hpc.cli.info", "versions, hardware, ranks; or the state of a run"),
 }
 
@@ -69,6 +72,12 @@ def check_install() -> None:
             )
 
 
+def _is_first() -> bool:
+    from dmi_hpc.world import detect
+
+    return detect().is_first
+
+
 def main() -> None:
     """Entry point of the `dmi` console script."""
     arguments = sys.argv[1:]
@@ -89,8 +98,9 @@ def main() -> None:
     except DMIError as error:
         if knobs.debug():
             raise
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(EXIT_USER_ERROR)
+        if not error.echo or _is_first():  # not once for each of a thousand ranks
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(EXIT_RANK_LOST if isinstance(error, RankLost) else EXIT_USER_ERROR)
     except TrialFailure as failure:
         sys.stderr.write(f"failed ({failure.kind}): {failure.message}\n{failure.traceback}")
         sys.exit(1)

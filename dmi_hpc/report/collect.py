@@ -15,6 +15,7 @@ from dmi_hpc.models.spec import NetworkSpec
 from dmi_hpc.report.checked import read_json, validate
 from dmi_hpc.report.evaluations import Search
 from dmi_hpc.report.journals import read_searches
+from dmi_hpc.report.launching import Allocations, read_allocations
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,7 @@ class Run:
     evaluation: Evaluation | None
     predictions: Predictions | None
     gallery: tuple[Picture, ...]
+    allocations: Allocations | None = None
 
 
 def read_run(run: Path) -> Run:
@@ -263,6 +265,7 @@ def read_run(run: Path) -> Run:
         evaluation=_read_evaluation(run / "evaluation.json"),
         predictions=_read_predictions(run / "predictions.csv"),
         gallery=_read_gallery(run / "gallery"),
+        allocations=read_allocations(run),
     )
 
 

@@ -18,6 +18,7 @@ from dmi_hpc.models.spec import NetworkSpec
 from dmi_hpc.report import charts, diagrams, figures
 from dmi_hpc.report.collect import Evaluation, Method, Predictions, Run
 from dmi_hpc.report.formatting import MISSING, compact, duration, number
+from dmi_hpc.report.launching_section import launching_context
 from dmi_hpc.report.search_section import search_context
 
 # (stage, command that runs it)
@@ -60,6 +61,7 @@ def render(run: Run) -> str:
         **_result(run),
         **_training(run),
         **search_context(run),
+        **launching_context(run.allocations),
         **_network(run),
         "pictures": [
             (picture.caption, base64.b64encode(picture.png).decode()) for picture in run.gallery

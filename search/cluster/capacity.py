@@ -70,6 +70,11 @@ def capacity(
     return Capacity(workers, min(shares) / 1e9, gpus)
 
 
+def held(nodes: Sequence[Mapping[str, float]], shape: Shape, *, gpus: bool) -> int:
+    """Trials that `nodes` hold at once, 0 too. gpus: a rank has one, or its share of one."""
+    return sum(_slots(node, shape, gpus) for node in nodes) // shape.ranks
+
+
 def _slots(node: Mapping[str, float], shape: Shape, gpus: bool) -> int:
     """Ranks that fit onto a node; the shares of one GPU are never of two."""
     slots = int(node.get("CPU", 0)) // shape.threads

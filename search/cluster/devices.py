@@ -138,7 +138,7 @@ class Ranks:
         self.spent = True
         self.close()
         if not causes:
-            raise RankDied(f"{died} of {len(self._actors)} ranks died")
+            raise RankDied(f"{len(died)} of {len(self._actors)} ranks died. {''.join(died[:1])}")
         return causes[0]
 
     def close(self) -> None:
@@ -146,11 +146,11 @@ class Ranks:
         for actor in self._actors:
             ray.kill(actor)
 
-    def _gathered(self, asked: list[Any]) -> tuple[list[tuple[Answer, bool]], int]:
-        """What the ranks said, in order of their end, and how many died. Once one has failed, the
-        others are waited for no longer than `GRACE_S`."""
+    def _gathered(self, asked: list[Any]) -> tuple[list[tuple[Answer, bool]], list[str]]:
+        """What the ranks said, in order of their end, and Ray's word of those that died. Once one has
+        failed, the others are waited for no longer than `GRACE_S`."""
         told: list[tuple[Answer, bool]] = []
-        died = 0
+        died: list[str] = []
         end: float | None = None
         while asked:
             left = None if end is None else max(0.0, end - time.monotonic())
@@ -161,8 +161,9 @@ class Ranks:
                 answer, _ = last = ray.get(ready[0])
                 told.append(last)
                 failed = isinstance(answer, TrialOutcome) and isinstance(answer.told, Failure)
-            except RayActorError:
-                failed, died = True, died + 1
+            except RayActorError as error:
+                failed = True
+                died.append(str(error))
             if failed and end is None:
                 end = time.monotonic() + GRACE_S
         return told, died

@@ -20,6 +20,8 @@ VARIABLES = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # our own handler asks for an orderly end
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # failures are outcomes, in the journal
     "TUNE_WARN_THRESHOLD_S": "60",
+    # unset, Tune starts one trial at a time for a Searcher that it does not know
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000000",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own state is not used
 }
 
@@ -28,8 +30,8 @@ PREFIX = "dmi-ray-"
 LOCK = "lock"
 SOCKET_PATH_BYTES = 107  # of AF_UNIX on Linux
 RANDOM_PART = 9  # of a temporary folder's name, and the separator before it
-# Ray's /session_2026-01-31_23-59-59_123456_PID/sockets/plasma_store
-SOCKET_BELOW = 65
+# Ray's /r/session_2026-01-31_23-59-59_123456_PID/sockets/plasma_store
+SOCKET_BELOW = 67
 
 
 def with_absolute_import_paths() -> None:

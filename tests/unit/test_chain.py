@@ -60,3 +60,9 @@ def test_a_chain_ends_where_it_must(changes, now, how, said):
 
 def test_one_idle_session_is_no_reason_yet():
     assert following(job(), INTERRUPTED, situation(idle=1))[1] == "requeue"
+
+
+def test_what_the_scheduler_has_requeued_goes_on_by_itself_even_without_a_chain():
+    now = situation(requeued=True, successor="17", sessions=30)
+    assert following(job(chain="off"), INTERRUPTED, now)[1] == "requeue"
+    assert following(job(), INTERRUPTED, situation(requeued=True, cancelled=True))[1] == "none"

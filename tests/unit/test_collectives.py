@@ -1,13 +1,16 @@
 """What ranks do together, and which device each one has."""
 
 import signal
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from dmi_hpc import collectives
@@ -57,7 +60,7 @@ def test_without_a_failure_all_go_on():
 
 @pytest.mark.parametrize(
     ("error", "aborts"),
-    [(DataError("x"), []), (Interrupted("x"), []), (KeyError("x"), [1]), (RankLost("x"), [2])],
+    [(DataError("x"), []), (Interrupted("x"), []), (KeyError("x"), [1]), (RankLost("x"), [69])],
 )
 def test_what_no_other_rank_can_know_of_aborts_the_mpi_job(error, aborts):
     called = []
@@ -112,6 +115,40 @@ def test_many_jobs_at_once_never_meet_at_the_same_port(monkeypatch):
     for number, (url, _) in enumerate(met):
         other = next(iter(rendezvous(url, 1, 2, timeout=timedelta(seconds=30))))[0]
         assert other.get("job") == str(number).encode()
+
+
+@pytest.mark.parametrize("scheme", ["env", "tcp"])
+def test_the_store_of_the_first_rank_listens_where_the_ranks_meet_and_nowhere_else(
+    scheme, monkeypatch
+):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    url = "env://" if scheme == "env" else f"tcp://127.0.0.1:{port}"
+    limit = timedelta(seconds=30)
+    assert collectives._own_store(World(1, 2, 1, 2), url, limit) is None
+    store = collectives._own_store(World(0, 2, 0, 2), url, limit)
+    here = [c.laddr for c in psutil.Process().net_connections() if c.status == "LISTEN"]
+    assert [address.ip for address in here if address.port == port] == ["127.0.0.1"]
+    store.set("a", "b")
+    other = TCPStore("127.0.0.1", port, 2, False, limit)
+    assert other.get("a") == b"b"
+
+
+def test_a_host_name_and_a_store_of_torchruns_are_left_to_torch(monkeypatch):
+    limit, first = timedelta(seconds=30), World(0, 2, 0, 2)
+    assert collectives._own_store(first, "tcp://node1:1234", limit) is None
+    assert collectives._own_store(first, "file:///tmp/store", limit) is None
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert collectives._own_store(first, "tcp://127.0.0.1:1234", limit) is None
+
+
+def test_an_address_of_another_node_is_an_error_that_says_so():
+    with pytest.raises(LaunchError, match=r"could not join.*192\.0\.2\.77"):
+        collectives._join(
+            World(0, 2, 0, 1), torch.device("cpu"), "tcp://192.0.2.77:1234", 5.0, None
+        )
 
 
 def test_a_first_rank_that_cannot_be_reached_ends_all(monkeypatch):

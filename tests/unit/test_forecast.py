@@ -8,7 +8,7 @@ from dmi_hpc.deadline import End
 from dmi_hpc.files import read_json_lines
 from dmi_hpc.tasks import make_task
 from search.cluster.allocation import Allocation
-from search.cluster.tune import _Desk
+from search.cluster.desk import Desk
 from search.driver import Driver
 from search.evolution.evolve import Failure, Success
 from search.spaces.genome import from_json
@@ -22,7 +22,7 @@ LEARNING = 16  # trials, before the end is near
 @pytest.fixture
 def clock(monkeypatch):
     now = {"now": 0.0}
-    monkeypatch.setattr("search.cluster.tune.time.time", lambda: now["now"])
+    monkeypatch.setattr("search.cluster.desk.time.time", lambda: now["now"])
     return now
 
 
@@ -31,7 +31,7 @@ def desk_of(folder, workers=1, evaluations=60, limit_s=None, rungs=""):
     recipe = load_recipe(toy_recipe(folder / "toy.toml", search=text))
     driver = Driver(recipe, make_task(recipe.task).space(), folder)
     driver.start(workers, 1.0)
-    return _Desk(driver, Allocation(limit=End(END, "time_limit_s")), lambda: None, limit_s)
+    return Desk(driver, Allocation(limit=End(END, "time_limit_s")), lambda: None, limit_s)
 
 
 def seconds_of(desk, job):
