@@ -25,6 +25,7 @@ State = Literal["here", "done", "failed", "bereft"]
 
 PERIOD_S = 2.0  # between two beats
 QUIET = 3  # periods without a beat, after a broken connection: it is gone
+SLICE = 512  # keys of one question: the store takes longer a key for more (docs/launch-scale.md)
 STOPPED = 5  # periods without a turn of the watch: this process itself was stopped
 
 
@@ -131,6 +132,7 @@ class Heartbeat:
         self._store, self._rank, self._counted, self._holder = store, rank, counted, holder
         self._timeout, self._period = timeout_s, min(PERIOD_S, timeout_s / 20)
         self._names = [f"beat/{r}" for r in range(size)]
+        self._slices = [self._names[i : i + SLICE] for i in range(0, size, SLICE)]
         self._host = socket.gethostname()
         self._place, self._excused = "the start", False
         self._farewell: tuple[State, str] | None = None  # state and why, once it has one
@@ -205,8 +207,9 @@ class Heartbeat:
             self._asked = time.monotonic()
             try:
                 self._store.set(self._names[self._rank], json.dumps(astuple(beat)))
-                if self._read and self._store.check(self._names):
-                    beats = [Beat(*json.loads(b)) for b in self._store.multi_get(self._names)]
+                if self._read and all(self._store.check(names) for names in self._slices):
+                    found = (b for names in self._slices for b in self._store.multi_get(names))
+                    beats = [Beat(*json.loads(beat)) for beat in found]
                     with self._lock:
                         self._calls.hears(beats, time.monotonic())
             except RuntimeError:  # torch's DistError: its holder is gone

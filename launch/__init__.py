@@ -1,1 +1,1 @@
-"""Starts jobs: ranks on this machine (MPI and Slurm later). Knows processes, not genomes."""
+"""Starts jobs: on this machine, on the nodes of an allocation, in a batch system. Knows no genomes."""

@@ -88,6 +88,7 @@ def launch(
     islands: Annotated[int | None, _option("islands", "searches that learn of each other")] = None,
     after: Annotated[str | None, _option("after", "job that must have ended before")] = None,
     packed: Annotated[Path | None, _option("packed", "environment to copy to the nodes")] = None,
+    dashboard: Annotated[bool, _option("dashboard", "Ray's own, on the first node")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print what would be submitted")
     ] = False,
@@ -124,6 +125,7 @@ def launch(
         "islands": islands,
         "after": after,
         "packed": packed.resolve() if packed else None,
+        "dashboard": dashboard,
         "extra": tuple(extra or ()),
         "nodes": nodes,
         "time": time,

@@ -7,6 +7,7 @@ before the time is over, says on disk what happened, and sees to the job that go
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -23,7 +24,7 @@ from launch.chain import NOTHING, REQUEUE, Outcome, Situation, following
 from launch.cluster import PartFailed, stand_by
 from launch.job import Job
 from launch.pack import tidy_command
-from launch.parts import Parts, island_of
+from launch.parts import Parts, island_of, session_folder
 from launch.records import Recorder, progress_of
 from launch.scheduler import Details, Scheduler, scheduler_of
 from launch.stages import stages_of
@@ -258,7 +259,8 @@ class Conductor:
         )
 
     def _tidy(self) -> None:
-        """Nothing of an environment that was copied to the nodes stays there."""
+        """Nothing stays of the session's secrets, and of an environment copied to the nodes."""
+        shutil.rmtree(session_folder(self._job, self._allocation), ignore_errors=True)
         command = tidy_command(os.environ)
         if command:
             parts = Parts(self._job, self._recipe, self._allocation, None)

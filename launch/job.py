@@ -40,6 +40,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "islands": ("--islands",),
     "after": ("--after",),
     "packed": ("--packed",),
+    "dashboard": ("--dashboard",),
     "out": ("--out",),
 }
 
@@ -81,6 +82,7 @@ class Job(Config):
     islands: int = Field(0, ge=0, description="searches that exchange networks, a job each")
     after: Plain | None = Field(None, description="job that must have ended before")
     packed: Absolute | None = Field(None, description="environment to be copied to the nodes")
+    dashboard: bool = Field(False, description="Ray's own, of a search")
     extra: tuple[str, ...] = Field((), description="further arguments of the stage")
 
     @property
@@ -218,7 +220,11 @@ def launch_arguments(job: Job) -> tuple[str, ...]:
     for field, (option, *_) in OPTIONS.items():
         value = values[field]
         many = value if isinstance(value, tuple) else (value,)
-        words += [f"{option}={one}" for one in many if one is not None and one != 0]
+        words += [
+            option if one is True else f"{option}={one}"
+            for one in many
+            if one is not None and one != 0
+        ]
     extra = ("--", *job.extra) if job.extra else ()
     return (*words, job.stage, str(job.recipe), *extra)
 

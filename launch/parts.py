@@ -36,6 +36,11 @@ def island_of(allocation: Allocation, job: Job) -> str:
     return f"island-{allocation.task}" if job.islands else ""
 
 
+def session_folder(job: Job, allocation: Allocation) -> Path:
+    """For files that the nodes of this session read, and nobody else."""
+    return job.out / "launch" / "sessions" / f"{allocation.job}.{allocation.restart}"
+
+
 @dataclass(frozen=True)
 class Parts:
     """Of the stages of `job`. ends: epoch seconds by which they must have stopped; None: no end."""
@@ -94,17 +99,11 @@ class Parts:
         seed = zlib.crc32(f"{self.allocation.job}.{self.allocation.restart}.{name}".encode())
         return Meeting(f"{address}:{free_port(address, seed)}", wanted)
 
-    def private_folder(self) -> Path:
-        """For files that the nodes of this session read, and nobody else."""
-        name = f"{self.allocation.job}.{self.allocation.restart}"
-        folder = self.job.out / "launch" / "sessions" / name
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder.chmod(0o700)
-        return folder
-
     def _search(self, command: tuple[str, ...], env: dict[str, str]) -> list[Part]:
         """Ray on every node, and beside it the search, which waits for them: at the same moment."""
-        folder, nodes = self.private_folder(), len(self.allocation.nodes)
+        folder, nodes = session_folder(self.job, self.allocation), len(self.allocation.nodes)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
         token, file = folder / "ray.token", folder / "ray.json"
         _write_private(token, secrets.token_hex(32))
         address = self._meeting("ray").address
@@ -118,6 +117,7 @@ class Parts:
             object_store_bytes=OBJECT_STORE_BYTES,
             interfaces=self.job.machine.interfaces,
             token=str(token),
+            dashboard=self.job.dashboard,
         )
         _write_private(file, json.dumps(spec.to_json()))
         node = (sys.executable, "-P", "-m", "launch.ray_node", str(file))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -18,6 +19,7 @@ from dmi_hpc.world import World, detect
 from launch.network import interface_of
 
 # Slurm shows each task its own GPUs by ROCR_VISIBLE_DEVICES; within them HIP counts from 0
+MANY = 64  # ranks
 ROCR, HIP = "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
 
 
@@ -44,11 +46,15 @@ def rank_variables(
         "OMP_NUM_THREADS": str(max(1, cores // world.ranks_on_cores)),
         "GLOO_SOCKET_IFNAME": interface,
         "NCCL_SOCKET_IFNAME": interface,
+        # torch looks up the name of whoever connects, one after the other (docs/launch-scale.md)
+        "RES_OPTIONS": "timeout:1",
         # torch warns of every address that has no name; what matters is raised
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if env.get(ROCR) and not env.get(HIP):
         usual[HIP] = ",".join(map(str, range(len(env[ROCR].split(",")))))
+    if world.size >= MANY:  # else every rank publishes an address for every other
+        usual["TORCH_GLOO_LAZY_INIT"] = "1"
     return {**{name: value for name, value in usual.items() if not env.get(name)}, **meant}
 
 
@@ -80,6 +86,9 @@ def main(arguments: Sequence[str]) -> None:
     except DMIError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(EXIT_USER_ERROR)
+    # rank 0 holds two connections of each rank
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     os.execv(given.command[0], given.command)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 EXPECTED = {"dmi_hpc", "search", "launch"}
 DATA = {"dmi_hpc/py.typed", "search/py.typed", "launch/py.typed", "dmi_hpc/report/template.html.j2"}
+DATA |= {"launch/machines/frontier.toml"}
 
 with tempfile.TemporaryDirectory() as folder:
     subprocess.run(

@@ -203,7 +203,7 @@ def command_of(words: list[str]) -> tuple[typing.Any, list[str]]:
     command = typer.main.get_command(importlib.import_module(COMMANDS[name][0]).app)
     if hasattr(command, "commands"):
         assert rest, f"dmi {name} needs a sub-command"
-        if name == "search" and rest[0] not in command.commands:  # of a recipe: run
+        if name in ("search", "launch") and rest[0] not in command.commands:  # of a recipe: run
             rest = ["run", *rest]
         assert rest[0] in command.commands, f"no command {name} {rest[0]}"
         return command.commands[rest[0]], rest[1:]
@@ -223,7 +223,8 @@ def test_written_commands_parse() -> None:
         command, arguments = command_of(words)
         seen += 1
         options = {name for parameter in command.params for name in parameter.opts} | {"--help"}
-        unknown = [w for w in arguments if w.startswith("-") and w.split("=")[0] not in options]
+        own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+        unknown = [w for w in own if w.startswith("-") and w.split("=")[0] not in options]
         assert not unknown, f"{shown}: unknown {unknown}"
         if whole and "--help" not in arguments:
             try:

@@ -57,6 +57,7 @@ FIELDS = st.fixed_dictionaries(
         "max_node_hours": st.none() | st.floats(0.01, 1e9),
         "after": TEXT,
         "packed": st.none() | PATHS,
+        "dashboard": st.booleans(),
         "extra": st.lists(NASTY, max_size=3),
     }
 )
