@@ -48,7 +48,7 @@ def began(run: Path, session: Session) -> float:
 def report(run: Path, sessions: list[Session], workers: int) -> None:
     """One line a session, then the figures of docs/launching.md."""
     tells = journal(run, "tell")
-    busy = sum(e["seconds"] for e in tells)
+    busy = sum(e["seconds"] for e in (*tells, *journal(run, "left")))
     wall = sum(s.seconds for s in sessions) * workers
     starts = [began(run, s) for s in sessions]
     for session, start in zip(sessions, starts, strict=True):

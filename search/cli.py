@@ -28,10 +28,11 @@ from dmi_hpc.watch import StopFlag, console, progress_bar, say, stop_on_signals
 from dmi_hpc.world import detect
 from search.cluster.environment import ray_environment, with_absolute_import_paths
 from search.commands import TOOLS, Group
-from search.driver import Driver, Start, founder_defaults
+from search.driver import Driver, Start
 from search.records.history import JOURNAL, MAIN, home
 from search.records.islands import require_name
 from search.records.warm import founders_from
+from search.setting import founder_defaults
 from search.spaces.recipe import recipe_space
 
 app = typer.Typer(

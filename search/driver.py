@@ -12,34 +12,31 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Any
 
-from dmi_hpc.config import Recipe, SearchConfig, TrainConfig, with_train
+from dmi_hpc.config import Recipe
 from dmi_hpc.data.manifest import require_identity
 from dmi_hpc.deadline import End
 from dmi_hpc.errors import TRANSIENT, RunError
 from dmi_hpc.files import write_json
-from dmi_hpc.models.space import HyperValue, SearchSpace
+from dmi_hpc.models.space import SearchSpace
 from search.evolution.evolve import (
-    Evolution,
-    EvolutionConfig,
     Failure,
     Outcome,
     Proposal,
     SpaceExhausted,
 )
-from search.evolution.fidelity import Halving, Rungs, Stage, ladder
+from search.evolution.fidelity import Halving, Stage
 from search.progress import Progress
 from search.records.control import Control, read_control
 from search.records.history import JOURNAL, MAIN, home
-from search.records.islands import Islands, island_seed
+from search.records.islands import Islands
 from search.records.journal import Journal, replay
 from search.records.kept import Kept
 from search.records.warm import Founder
+from search.setting import evolution_of, networks_of, rungs_of
 from search.spaces.genome import Genome, decode, to_json
-from search.spaces.networks import Networks
 from search.trials.ending import Assignment, Goal
 from search.trials.trial import TrialOutcome
 
@@ -78,10 +75,10 @@ class Driver:
         self.island = self._start.island
         self.space, self._search, self._limit_s = space, folder, search.time_limit_s
         self.folder = home(folder, self.island)
-        self._networks = _networks(recipe, space)
-        self.evolution = _evolution(recipe, self._networks, self.island)
+        self._networks = networks_of(recipe, space)
+        self.evolution = evolution_of(recipe, self._networks, self.island)
         self._objectives, self.rung_unit = search.objectives, search.rung_unit
-        self.halving = Halving(self.evolution, _rungs(search))
+        self.halving = Halving(self.evolution, rungs_of(search))
         self._inherit, self._kept = search.inherit, Kept(self.folder)
         self.progress = Progress(search.evaluations)
         self._losses: Counter[int] = Counter()
@@ -349,6 +346,13 @@ class Driver:
         self.progress.begun.discard(self.evolution.proposals[number].hash)
         self.progress.running -= 1
 
+    def left(self, number: int, seconds: float) -> None:
+        """Proposal `number` stopped short of its goal, with a checkpoint, after `seconds` of work that
+        is not lost."""
+        self.journal.record("left", id=number, seconds=seconds)
+        self.progress.busy_s += seconds
+        self.again(number)
+
     def write_winner(self) -> Path:
         """winner.json: the best network and its hyper-parameters. RunError if every trial failed."""
         best = self.halving.best()
@@ -401,55 +405,3 @@ class Driver:
         parts = {int(e["metrics"]["accumulation"]) for e in told if "accumulation" in e["metrics"]}
         hyper = dict(self.evolution.proposals[number].genome.hyper)
         return {**hyper, "accumulation": max(parts)} if parts else hyper
-
-
-def _networks(recipe: Recipe, space: SearchSpace) -> Networks:
-    search = recipe.search
-    usual = with_train(recipe, search.train, where="search.train")
-    return Networks(
-        space,
-        founder_defaults(space, recipe.train),
-        max_flops=search.max_flops,
-        limits=search.limits,
-        batch_size=usual.batch_size,
-        accumulation=usual.accumulation,
-        ranks=search.ranks,
-    )
-
-
-def _evolution(recipe: Recipe, networks: Networks, island: str) -> Evolution[Genome]:
-    search = recipe.search
-    return Evolution(
-        networks,
-        EvolutionConfig(
-            seed=island_seed(recipe.seed, island),
-            population=search.population,
-            initial=search.initial,
-            surrogate=search.surrogate,
-            adaptive=search.adaptive,
-            replacement=search.replacement,
-            patience=search.patience,
-        ),
-    )
-
-
-def _rungs(search: SearchConfig) -> Rungs:
-    """The last one is the whole training, whatever that is in the unit of the others."""
-    budgets: tuple[float, ...] = (*search.rungs, inf)
-    if search.least_epochs is not None:
-        budgets = ladder(search.least_epochs, search.epochs, search.reduction)
-    elif search.rung_unit == "epochs":
-        budgets = (*search.rungs, search.epochs)
-    return Rungs(budgets, search.reduction, extrapolate=search.extrapolate)
-
-
-def founder_defaults(space: SearchSpace, train: TrainConfig) -> dict[str, HyperValue]:
-    """What a founder uses for the hyper-parameters it leaves open: the recipe's [train]."""
-    known = train.model_dump()
-    unknown = sorted(set(space.hyper) - set(known))
-    if unknown:
-        raise RunError(
-            f"the task's search space varies {', '.join(unknown)}, which [train] does not have; "
-            f"valid names: {', '.join(sorted(known))}"
-        )
-    return {name: known[name] for name in space.hyper}

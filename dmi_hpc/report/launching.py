@@ -104,6 +104,7 @@ class _Epoch:
 class _Search:
     workers: int
     evaluations: tuple[_Evaluation, ...]
+    left: tuple[_Line, ...] = ()  # with a checkpoint, to go on in the next session
 
 
 def read_allocations(run: Path, now: float | None = None) -> Allocations | None:
@@ -124,17 +125,20 @@ def _journals(search: Path) -> dict[str, Path]:
 def _search(path: Path) -> _Search:
     workers = 0
     found: dict[int, _Evaluation] = {}
+    left: list[_Line] = []
     for raw in read_json_lines(path):
-        if raw.get("event") not in ("header", "ask", "tell"):
+        if raw.get("event") not in ("header", "ask", "tell", "left"):
             continue
         line = validate(raw, _Line, path)
         if line.event == "header":
             workers = int(line.config.get("workers") or 0)
+        elif line.event == "left":
+            left.append(line)
         elif line.event == "ask":
             found[line.id] = _Evaluation(line.time)
         elif line.id in found:
             found[line.id] = _Evaluation(found[line.id].asked, line.time, line.seconds)
-    return _Search(workers, tuple(found.values()))
+    return _Search(workers, tuple(found.values()), tuple(left))
 
 
 def _training(path: Path) -> tuple[list[_Epoch], list[float]]:
@@ -159,13 +163,16 @@ def _stay(
     search = searches.get(session.island or MAIN, _Search(0, ()))
     told = [e for e in search.evaluations if began <= e.told <= end]
     trained = [e for e in epochs if began <= e.ended <= end]
+    left = sum(line.seconds for line in search.left if began <= line.time <= end)
     useful = sum(min(e.seconds, e.told - began) for e in told) / max(1, search.workers)
+    useful += left / max(1, search.workers)
     useful += sum(e.seconds for e in trained if e.last)
     useful += sum(r.seconds or 0.0 for r in session.runs if r.stage in _WHOLE and r.code == 0)
     lost = sum(e.seconds for e in trained if not e.last)
     if session.ended is not None:
         open_ = [e for e in search.evaluations if e.asked < session.until and e.told > end]
-        lost += sum(session.until - max(e.asked, began) for e in open_) / max(1, search.workers)
+        cut = sum(session.until - max(e.asked, began) for e in open_)
+        lost += max(0.0, cut - left) / max(1, search.workers)
         mine = [time for time in (*(e.ended for e in trained), *steps) if began <= time <= end]
         if session.how == KILLED and mine and session.runs and session.runs[-1].stage == "train":
             lost += max(0.0, session.until - max((e.ended for e in trained), default=min(mine)))

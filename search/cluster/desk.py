@@ -113,8 +113,7 @@ class Desk:
         number = self._numbers.pop(slot)
         if isinstance(outcome, Left):
             self.allocation.close("trials are left, each with a checkpoint, for the next session")
-            self.driver.progress.busy_s += outcome.seconds  # nothing of it is lost
-            self.driver.again(number)
+            self.driver.left(number, outcome.seconds)
             return
         self.driver.finished(number, self._forecast.learned(number, outcome), slot)
         self.allocation.finished(outcome.seconds)

@@ -90,7 +90,7 @@ class Clock:
     last: float = 0.0  # event
     searched_s: float = 0.0  # all sessions
     worker_s: float = 0.0
-    busy_s: float = 0.0  # worker seconds within finished evaluations
+    busy_s: float = 0.0  # worker seconds within evaluations that finished, or were left to go on
     told: int = 0  # in the session
     ended: str = ""  # why the session did; empty: not in an orderly way, or not yet
 
@@ -109,6 +109,7 @@ class Clock:
             self.ended = str(event["why"])
         if kind == "tell":
             self.told += 1
+        if kind in ("tell", "left"):
             self.busy_s += float(event["seconds"])
         self.last = now
 

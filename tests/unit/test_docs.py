@@ -39,8 +39,8 @@ from dmi_hpc.models.spec import LAYERS
 from dmi_hpc.report import write_report
 from dmi_hpc.run import open_run
 from dmi_hpc.tasks import TASKS, make_task
-from search.driver import founder_defaults
 from search.evolution.evolve import Evolution, EvolutionConfig, Success
+from search.setting import founder_defaults
 from search.spaces.genome import to_json
 from search.spaces.networks import Networks
 from search.trials.trial import Evaluator

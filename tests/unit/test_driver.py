@@ -18,8 +18,10 @@ from dmi_hpc.tasks import make_task
 from search.cli import search
 from search.cluster.capacity import Capacity, capacity, local_workers
 from search.cluster.tune import cluster, judge_loss, own_errors
-from search.driver import HOPELESS, Driver, founder_defaults
+from search.driver import HOPELESS, Driver
 from search.evolution.evolve import Failure, Success
+from search.records.history import Reader
+from search.setting import founder_defaults
 from search.trials.trial import TrialOutcome
 
 
@@ -173,6 +175,20 @@ def test_a_trial_that_the_machine_failed_is_asked_once_more(recipe, tmp_path, ki
     assert advance(driver) == [1, 2, 3, 4, 5]
     assert driver.evolution.outcomes[first.id] == Failure(kind, "died again")
     assert driver.done
+
+
+def test_the_work_of_a_trial_that_is_left_counts_and_it_goes_on_first(recipe, tmp_path):
+    driver = driver_of(recipe, tmp_path)
+    advance(driver, 1)
+    left = driver.next_proposal()
+    driver.left(left.id, 7.0)
+    assert driver.progress.busy_s == pytest.approx(7.5)
+    assert driver.progress.running == 0
+    following = driver_of(recipe, tmp_path)
+    assert following.next_proposal().id == left.id
+    reader = Reader("main", following.journal.path)
+    reader.poll()
+    assert reader.clock.busy_s == pytest.approx(7.5)
 
 
 def test_the_last_trial_may_be_lost_too(recipe, tmp_path):

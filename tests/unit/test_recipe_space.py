@@ -9,7 +9,8 @@ from dmi_hpc.config import load_recipe
 from dmi_hpc.errors import RecipeError
 from dmi_hpc.models.space import Choice, FloatRange
 from dmi_hpc.tasks import make_task
-from search.driver import Driver, founder_defaults
+from search.driver import Driver
+from search.setting import founder_defaults
 from search.spaces.networks import Networks
 from search.spaces.recipe import recipe_space
 

@@ -14,7 +14,7 @@ from dmi_hpc.run import network_to_train, open_run
 from dmi_hpc.tasks import make_task
 from search import cli, driver
 from search.commands import brief
-from search.driver import Driver, Start, founder_defaults
+from search.driver import Driver, Start
 from search.evolution.evolve import Failure, Success
 from search.records import status
 from search.records.control import raise_budget, read_control, request_stop
@@ -22,6 +22,7 @@ from search.records.history import evaluations
 from search.records.journal import Journal, replay
 from search.records.lines import encode
 from search.records.warm import founders_from
+from search.setting import founder_defaults
 from search.spaces.genome import to_json
 from search.trials.trial import TrialOutcome
 

@@ -8,9 +8,10 @@ from runner import toy_data, toy_recipe
 
 from dmi_hpc.config import load_recipe
 from dmi_hpc.tasks import make_task
-from search.driver import Driver, founder_defaults
+from search.driver import Driver
 from search.evolution.evolve import Success
 from search.results.recipes import to_toml, trained_with, training_recipe
+from search.setting import founder_defaults
 from search.spaces.genome import decode, founder_genome, to_json
 from search.spaces.recipe import recipe_space
 from search.trials.trial import Evaluator

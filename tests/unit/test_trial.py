@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from dmi_hpc.config import load_recipe
 from dmi_hpc.deadline import End
 from dmi_hpc.tasks import make_task
-from search.driver import founder_defaults
 from search.evolution.evolve import Failure, Success
 from search.records.kept import Kept, Origin
+from search.setting import founder_defaults
 from search.spaces.genome import DenseGene, founder_genome, to_json
 from search.trials.ending import Assignment, Goal
 from search.trials.trial import Evaluator, Left
