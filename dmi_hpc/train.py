@@ -315,11 +315,14 @@ class _Training:
 def _deterministic(wanted: bool) -> Iterator[None]:
     """Kernels that give the same bits each time, or an error that names the one that cannot."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted or before)
+    if not wanted or before:
+        yield  # the switch alone imports torch's compiler: a second of every start
+        return
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(False)
 
 
 def _noise_scale(job: Job, engine: Engine) -> NoiseScale | None:

@@ -49,7 +49,7 @@ def following(job: Job, outcome: Outcome, now: Situation) -> tuple[Outcome, str]
     if job.chain == "off":
         text = "no chain is asked for: dmi launch resume RUN goes on"
         return Outcome("interrupted", outcome.code, _joined(outcome.why, text)), NOTHING
-    return outcome, now.successor or (REQUEUE if job.chain == "requeue" else NOTHING)
+    return outcome, now.successor or REQUEUE
 
 
 def _ended(job: Job, now: Situation) -> tuple[How, str] | None:

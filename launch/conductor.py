@@ -129,7 +129,7 @@ class Conductor:
 
     def _refusal(self) -> Outcome | None:
         """Why nothing is begun, if so."""
-        if self._before and self._before[-1].how == "finished":  # the successor that was not needed
+        if self._before and self._before[-1].how == "finished" and self._is_successor():
             return Outcome("finished", EXIT_OK, "an earlier job has finished it")
         if cancelled(self._job.out, self._allocation.job):
             return Outcome("interrupted", EXIT_INTERRUPTED)
@@ -139,18 +139,38 @@ class Conductor:
             return Outcome("interrupted", EXIT_INTERRUPTED)
         return None
 
+    def _is_successor(self) -> bool:
+        """Whether an earlier job has submitted this one, to go on from it."""
+        own = self._allocation.job.partition("_")[0]
+        given = submissions(self._job.out)
+        return any(e.job.partition("_")[0] == own and e.why == "chain" for e in given)
+
     def _submitted(self) -> str | None:
         """The job that is to go on when this one ends, however it ends: it stands in the queue from
         the beginning, for there may be no moment left later."""
         last = len(self._before) + 1 >= self._job.max_jobs
         if self._job.chain != "dependency" or last:
             return None
-        own, task = self._allocation.job, self._allocation.task or None
-        for entry in submissions(self._job.out):  # by this job's session before it was requeued
-            if entry.after == own and entry.why == "chain":
+        try:
+            return self._waiting() or self._successor()
+        except LaunchError as error:  # no reason to waste this allocation
+            sys.stderr.write(
+                f"no next job could be submitted now ({error}); this one will requeue\n"
+            )
+            return None
+
+    def _waiting(self) -> str | None:
+        """A successor that this job's session before it was requeued has submitted."""
+        for entry in submissions(self._job.out):
+            if entry.after == self._allocation.job and entry.why == "chain":
                 state = self._scheduler.states([entry.job]).get(entry.job)
                 if state is not None and state.phase == "queued":
                     return entry.job
+        return None
+
+    def _successor(self) -> str:
+        """Submit the same script once more, to start when this job has ended."""
+        own, task = self._allocation.job, self._allocation.task or None
         script = self._job.out / "launch" / SCRIPT
         successor = self._scheduler.submit(script, after=own, cwd=self._job.out, array=task)
         said = submission(self._job, successor, after=own, why="chain")
@@ -267,10 +287,16 @@ class Conductor:
             stand_by([parts.on_each_node("to remove the copied environment", command)], StopFlag())
 
     def _go_on(self, next_job: str, successor: str | None) -> None:
+        """Where a site forbids requeueing, a job after this one does as well."""
         if successor is not None and next_job != successor:
             self._scheduler.cancel(successor)
-        if next_job == REQUEUE:
+        if next_job != REQUEUE:
+            return
+        try:
             self._scheduler.requeue(self._allocation.job)
+        except LaunchError as error:
+            sys.stderr.write(f"not requeued ({error})\n")
+            sys.stderr.write(f"job {self._successor()} goes on instead\n")
 
 
 def _say(outcome: Outcome, next_job: str) -> None:

@@ -28,6 +28,8 @@ from launch.steps import Meeting, Step, command_of, per_node, rank_step, step_en
 
 # srun and mpirun pass it on to their tasks; a SIGTERM makes srun kill them at once
 ASK = signal.SIGUSR1
+# a process that is a world of its own, and leaves it to us to say how the job goes on
+ALONE = {knobs.WORLD: "single", knobs.LAUNCHED: "1"}
 OBJECT_STORE_BYTES = 100_000_000  # networks and data never pass through Ray's object store
 
 
@@ -66,7 +68,7 @@ class Parts:
             case "data":
                 step = Step(command, nodes, 1, self.allocation.cpus, "mpi")
             case _:
-                return [Part(f"dmi {stage}", command, {**env, knobs.WORLD: "single"})]
+                return [Part(f"dmi {stage}", command, {**env, **ALONE})]
         name = f"dmi {stage} ({step.size} tasks on {step.nodes} nodes)"
         return [Part(name, self._on_nodes(step, env), env, stop=ASK)]
 
@@ -128,7 +130,7 @@ class Parts:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "GRPC_DNS_RESOLVER": "native",
             knobs.RAY_NODES: str(nodes),
-            knobs.WORLD: "single",
+            **ALONE,
         }
         log = self.job.out / "logs" / f"ray-{self.allocation.job}.log"
         return [

@@ -76,6 +76,10 @@ _AT_ONCE = 1000  # nodes in one argument, which Linux limits to 128 KiB
 _QUEUE_FORMAT = "%i|%T|%S|%D|%r"
 
 
+# not "now": nodes take a job that starts in the second of its requeue for the one they have just ended
+SOON = "StartTime=now+5"
+
+
 class Slurm:
     """See launch.scheduler.Scheduler."""
 
@@ -164,7 +168,7 @@ class Slurm:
                 raise
 
     def release(self, job: str) -> None:
-        self._ask("scontrol", "update", f"JobId={job_argument(job)}", "StartTime=now")
+        self._ask("scontrol", "update", f"JobId={job_argument(job)}", SOON)
 
     def lost(self, nodes: Sequence[str]) -> tuple[str, ...]:
         states: dict[str, str] = {}

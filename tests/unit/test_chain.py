@@ -30,7 +30,12 @@ def situation(**changes):
 
 @pytest.mark.parametrize(
     ("chain", "successor", "follows"),
-    [("requeue", None, "requeue"), ("dependency", "17", "17"), ("off", None, "none")],
+    [
+        ("requeue", None, "requeue"),
+        ("dependency", "17", "17"),
+        ("dependency", None, "requeue"),  # it could not be submitted
+        ("off", None, "none"),
+    ],
 )
 def test_a_session_short_of_its_goal_goes_on_as_the_chain_says(chain, successor, follows):
     outcome, next_job = following(job(chain=chain), INTERRUPTED, situation(successor=successor))
