@@ -90,6 +90,8 @@ class Parts:
         machine = {k: os.path.expandvars(v) for k, v in self.job.machine.environment.items()}
         env = step_environment({**machine, **os.environ}, root=os.geteuid() == 0)
         env.pop(knobs.LAUNCHED, None)
+        # an environment that nobody activated may bring its own mpirun; a module's comes first
+        env["PATH"] = os.pathsep.join([env.get("PATH", os.defpath), str(Path(sys.executable).parent)])
         if self.ends is not None:
             env[knobs.END] = str(int(self.ends))
         return env
