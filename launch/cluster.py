@@ -35,8 +35,9 @@ TAIL_LINES = 15  # of a log, in an error
 class PartFailed(LaunchError):
     """code: of its process. lost: a rank or a node went, rather than that something is wrong."""
 
-    def __init__(self, part: Part, code: int) -> None:
-        super().__init__(_explain(part, code))
+    def __init__(self, part: Part, code: int, others: Sequence[Part] = ()) -> None:
+        """others: parts whose logs may say why."""
+        super().__init__(_explain(part, code) + "".join(map(_tail, others)))
         self.code = code
         # by a signal, as srun and mpirun pass it on too
         self.lost = code == EXIT_RANK_LOST or code < 0 or code > 128
@@ -134,7 +135,8 @@ def stand_by(
     with _started(parts) as processes:
         failed = _wait(parts, processes, stop, look)
     if failed is not None:
-        raise PartFailed(parts[failed], int(processes[failed].returncode))
+        helpers = [part for part in parts if part.helper and part is not parts[failed]]
+        raise PartFailed(parts[failed], int(processes[failed].returncode), helpers)
     needed = [p.returncode for part, p in zip(parts, processes, strict=True) if not part.helper]
     return bool(stop) or EXIT_INTERRUPTED in needed
 
@@ -241,8 +243,12 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _explain(part: Part, code: int) -> str:
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    tail = ""
-    if part.log is not None and part.log.exists():
-        lines = part.log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
-        tail = f"; the end of {part.log}:\n" + "\n".join(lines)
-    return f"{part.name} {how}{tail}"
+    return f"{part.name} {how}{_tail(part)}"
+
+
+def _tail(part: Part) -> str:
+    """The end of its log, if it has one and that says anything."""
+    if part.log is None or not part.log.exists():
+        return ""
+    lines = part.log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+    return f"; the end of {part.log}:\n" + "\n".join(lines) if lines else ""

@@ -91,7 +91,9 @@ class Parts:
         env = step_environment({**machine, **os.environ}, root=os.geteuid() == 0)
         env.pop(knobs.LAUNCHED, None)
         # an environment that nobody activated may bring its own mpirun; a module's comes first
-        env["PATH"] = os.pathsep.join([env.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+        env["PATH"] = os.pathsep.join(
+            [env.get("PATH", os.defpath), str(Path(sys.executable).parent)]
+        )
         if self.ends is not None:
             env[knobs.END] = str(int(self.ends))
         return env

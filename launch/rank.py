@@ -16,11 +16,10 @@ from collections.abc import Mapping, Sequence
 from dmi_hpc import knobs
 from dmi_hpc.errors import EXIT_USER_ERROR, DMIError, LaunchError
 from dmi_hpc.world import World, detect
+from launch.gpus import hip_devices
 from launch.network import interface_of
 
-# Slurm shows each task its own GPUs by ROCR_VISIBLE_DEVICES; within them HIP counts from 0
 MANY = 64  # ranks
-ROCR, HIP = "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
 
 
 def rank_variables(
@@ -43,6 +42,7 @@ def rank_variables(
         knobs.STARTER: world.source,
     }
     usual = {
+        **hip_devices(env),
         "OMP_NUM_THREADS": str(max(1, cores // world.ranks_on_cores)),
         "GLOO_SOCKET_IFNAME": interface,
         "NCCL_SOCKET_IFNAME": interface,
@@ -51,8 +51,6 @@ def rank_variables(
         # torch warns of every address that has no name; what matters is raised
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    if env.get(ROCR) and not env.get(HIP):
-        usual[HIP] = ",".join(map(str, range(len(env[ROCR].split(",")))))
     if world.size >= MANY:  # else every rank publishes an address for every other
         usual["TORCH_GLOO_LAZY_INIT"] = "1"
     return {**{name: value for name, value in usual.items() if not env.get(name)}, **meant}

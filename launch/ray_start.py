@@ -11,6 +11,7 @@ from typing import Any
 
 from dmi_hpc import knobs
 from dmi_hpc.errors import LaunchError
+from launch.gpus import hip_devices
 from launch.network import LOOPBACK
 
 # by preference: mpirun inside Slurm starts its own helpers by srun, whose numbers are not its ranks'
@@ -19,8 +20,6 @@ NODE_NUMBERS = ("OMPI_COMM_WORLD_RANK", "PALS_NODEID", "PALS_RANKID", "PMI_RANK"
 # less of an agent on every node, which would show its figures on all interfaces without a token
 BARE = "import sys; sys.modules['grpc'] = None; from ray.scripts.scripts import main; main()"
 WHOLE = "from ray.scripts.scripts import main; main()"
-# Slurm on AMD shows a task its own GPUs by ROCR; Ray wants HIP's list, which counts within them
-ROCR, HIP = "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
 VARIABLES = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -142,6 +141,4 @@ def environment(spec: Spec, env: Mapping[str, str]) -> dict[str, str]:
             str(Path(entry).absolute()) for entry in env["PYTHONPATH"].split(os.pathsep) if entry
         )
         own["PYTHONPATH"] = os.pathsep.join(entries)
-    if env.get(ROCR) and not env.get(HIP):
-        own[HIP] = ",".join(map(str, range(len(env[ROCR].split(",")))))
-    return {**kept, **own}
+    return {**kept, **own, **hip_devices(env)}

@@ -13,7 +13,7 @@ from dmi_hpc.watch import StopFlag, stop_on_signals
 from dmi_hpc.world import World, detect
 from launch import cluster
 from launch.cli import ranks_of
-from launch.cluster import Command, command_line, rank_environment
+from launch.cluster import Command, Part, PartFailed, command_line, rank_environment
 from launch.stages import arguments_of, stages_of
 
 
@@ -113,6 +113,25 @@ def test_the_failed_rank_is_named_with_its_log_and_the_others_are_ended(monkeypa
         run(job_running(monkeypatch, tmp_path, code))
     assert "'dmi train r.toml': rank 1 of 2 ended with exit code 1" in str(caught.value)
     assert "no such volume" in str(caught.value)
+
+
+def test_who_serves_the_others_ends_after_them_and_its_log_says_more(tmp_path):
+    def part(name, code, **more):
+        return Part(name, (sys.executable, "-c", f"import time, sys\n{code}"), os.environ, **more)
+
+    ray = part(
+        "Ray", "print('no room', flush=True); time.sleep(60)", log=tmp_path / "l", helper=True
+    )
+    with stop_on_signals() as stop:
+        assert not cluster.stand_by([ray, part("search", "time.sleep(0.3)")], stop)
+        with pytest.raises(
+            PartFailed, match=r"(?s)search ended with exit code 2.*no room"
+        ) as failed:
+            cluster.stand_by([ray, part("search", "time.sleep(0.3); sys.exit(2)")], stop)
+        assert not failed.value.lost
+        broken = part("Ray", "sys.exit(2)", log=tmp_path / "m", helper=True)
+        with pytest.raises(PartFailed, match="Ray ended with exit code 2"):
+            cluster.stand_by([broken, part("search", "time.sleep(60)")], stop)
 
 
 def test_a_killed_rank_is_named_before_those_that_failed_for_missing_it(monkeypatch, tmp_path):
