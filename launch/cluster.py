@@ -138,7 +138,7 @@ def stand_by(
         helpers = [part for part in parts if part.helper and part is not parts[failed]]
         raise PartFailed(parts[failed], int(processes[failed].returncode), helpers)
     needed = [p.returncode for part, p in zip(parts, processes, strict=True) if not part.helper]
-    return bool(stop) or EXIT_INTERRUPTED in needed
+    return bool(stop) or any(needed)
 
 
 @contextmanager
@@ -220,15 +220,18 @@ def _failed(
 ) -> int | None:
     """A part that has failed; one that was killed first: the others fail because they miss it."""
     codes = [process.returncode for process in processes]
-    served = all(c is not None for part, c in zip(parts, codes, strict=True) if not part.helper)
+    pairs = list(zip(parts, codes, strict=True))
+    served = all(code is not None for part, code in pairs if not part.helper)
+    # whoever is served goes down with it, in ways of its own: Ray ends its driver with code 1
+    bereft = any(part.helper and (stop or code is not None) for part, code in pairs)
     # a stage without anything to save ends by the signal itself; srun says 128 + its number
     signals = (signal.SIGTERM, signal.SIGUSR1)
     ended = {*(-number for number in signals), *(128 + number for number in signals)}
     fine = {None, 0, EXIT_INTERRUPTED}
     failed = [
         n
-        for n, (part, code) in enumerate(zip(parts, codes, strict=True))
-        if not (part.helper and served)
+        for n, (part, code) in enumerate(pairs)
+        if not (served if part.helper else bereft)
         and code not in (fine | ended if stop or part.helper else fine)
     ]
     return min(failed, key=lambda n: ((codes[n] or 0) >= 0, n), default=None)

@@ -117,7 +117,9 @@ def test_the_failed_rank_is_named_with_its_log_and_the_others_are_ended(monkeypa
 
 def test_who_serves_the_others_ends_after_them_and_its_log_says_more(tmp_path):
     def part(name, code, **more):
-        return Part(name, (sys.executable, "-c", f"import time, sys\n{code}"), os.environ, **more)
+        return Part(
+            name, (sys.executable, "-c", f"import os, sys, time\n{code}"), os.environ, **more
+        )
 
     ray = part(
         "Ray", "print('no room', flush=True); time.sleep(60)", log=tmp_path / "l", helper=True
@@ -129,6 +131,9 @@ def test_who_serves_the_others_ends_after_them_and_its_log_says_more(tmp_path):
         ) as failed:
             cluster.stand_by([ray, part("search", "time.sleep(0.3); sys.exit(2)")], stop)
         assert not failed.value.lost
+        cut = part("search", "time.sleep(1); sys.exit(1)")  # as Ray ends who drives it
+        killed = part("Ray", "os.kill(os.getpid(), 15)", log=tmp_path / "k", helper=True)
+        assert cluster.stand_by([killed, cut], stop)
         broken = part("Ray", "sys.exit(2)", log=tmp_path / "m", helper=True)
         with pytest.raises(PartFailed, match="Ray ended with exit code 2"):
             cluster.stand_by([broken, part("search", "time.sleep(60)")], stop)
