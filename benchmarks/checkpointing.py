@@ -29,7 +29,7 @@ from torch import nn
 
 from dmi_hpc import checkpoint
 from dmi_hpc.models.spec import Dense, NetworkSpec
-from dmi_hpc.problem import TargetScale
+from dmi_hpc.targets import TargetScale
 from dmi_hpc.writer import Writer
 
 LAYERS, WIDTH, BATCH = 12, 2048, 16

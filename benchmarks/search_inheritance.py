@@ -109,7 +109,7 @@ class Trainer:
 def _errors(job: Job) -> list[float]:
     """The lowest error up to each epoch."""
     history = fit(job, Deadline(None), resume=False, warn=_unheard).history
-    return np.minimum.accumulate([epoch.validation_mae for epoch in history]).tolist()
+    return np.minimum.accumulate([epoch.validation_error for epoch in history]).tolist()
 
 
 def _unheard(message: str) -> None:

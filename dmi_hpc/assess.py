@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,15 @@ import torch
 
 from dmi_hpc import collectives
 from dmi_hpc.data.manifest import SplitName, require_identity
+from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.ranges import Rows
 from dmi_hpc.errors import DataError, together
-from dmi_hpc.evaluate import Scores, score
+from dmi_hpc.evaluate import evaluate_rows
 from dmi_hpc.files import atomic_folder, write_json, writing
 from dmi_hpc.predict import Model, load_model
 from dmi_hpc.problem import Problem
 from dmi_hpc.run import Run
+from dmi_hpc.scores import Scores, score
 from dmi_hpc.table import Column, table_file
 from dmi_hpc.tasks.base import Array, Fields, Task
 from dmi_hpc.world import World
@@ -55,11 +57,18 @@ def assess(
         started = time.perf_counter()
         share_of_rank = _predictions(model, problem, rows, world)
     network = collectives.sum_(share_of_rank.to(device)).cpu().numpy()
+    forces = None
+    if model.task.force_field is not None:
+        forces = evaluate_rows(problem, model.module, rows, model.batch_size, world)
     seconds = time.perf_counter() - started
     evaluation: dict[str, Any] = {}
     with together(share), writing(run.folder), collectives.busy("baselines"):
         if world.is_first:
-            evaluation = _write(run, split, (model, problem, rows), network, seconds, network_only)
+            numbers = np.asarray(rows)
+            at = _Evaluating(
+                run, split, model, problem, numbers, network, seconds, network_only, forces
+            )
+            evaluation = _write(at)
     return dict(share(evaluation)[0])
 
 
@@ -75,62 +84,130 @@ def _require_memory(problem: Problem, rows: int) -> None:
 
 
 def _predictions(model: Model, problem: Problem, rows: Rows | Array, world: World) -> torch.Tensor:
-    """(n,) float64 of all rows: this rank's predictions, and zeros where other ranks have theirs."""
-    found = torch.zeros(len(rows), dtype=torch.float64)
+    """(n,) float64 of all rows, (n, k) of k outputs: this rank's predictions, and zeros where other
+    ranks have theirs."""
+    outputs = model.network.outputs
+    shape = (len(rows),) if outputs == 1 else (len(rows), outputs)
+    found = torch.zeros(shape, dtype=torch.float64)
     for part in model.of_rows(problem.shards, rows, world):
         found[torch.from_numpy(part.positions)] = torch.from_numpy(part.values)
     return found
 
 
-def _write(
-    run: Run,
-    split: SplitName,
-    of: tuple[Model, Problem, Rows | Array],
-    network: Array,
-    seconds: float,
-    network_only: bool,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Evaluating:
+    """What is evaluated: rows of a split, and what the network made of them."""
+
+    run: Run
+    split: SplitName
+    model: Model
+    problem: Problem
+    rows: Array  # (n,)
+    network: Array  # (n,), or (n, k)
+    seconds: float
+    network_only: bool
+    forces: Scores | None
+
+    def values(self, number: int) -> Array:
+        """Predictions of one quantity."""
+        return self.network[:, number] if len(self.model.task.quantities) > 1 else self.network
+
+
+def _write(at: _Evaluating) -> dict[str, Any]:
     """All files of the evaluation; what it found."""
-    model, problem, rows = of
-    task, numbers = model.task, np.asarray(rows)
-    truth = problem.target(problem.shards.fields((task.target_field,), numbers))
-    predictions, took = {"network": network}, {"network": seconds}
+    task, problem = at.model.task, at.problem
     fields: Fields = {}
-    if not network_only:
-        fields = problem.shards.fields(task.input_fields, numbers)
-        _add_baselines(problem, fields, predictions, took)
-    for name, values in predictions.items():
-        if bad := int((~np.isfinite(values)).sum()):
-            raise DataError(f"{name}: {bad} of {len(values)} predictions are not finite")
-    labels = {b.name: b.label for b in task.baselines()} | {"network": "Network"}
+    if not at.network_only:
+        fields = problem.shards.fields(task.input_fields, at.rows)
+    truths = problem.target(problem.shards.fields(task.target_fields, at.rows))
+    found = []
+    columns = truths.reshape(len(at.rows), -1).T
+    for number, (name, truth) in enumerate(zip(task.target_fields, columns, strict=True)):
+        known = ~np.isnan(truth)
+        if not known.any():
+            raise DataError(f"{problem.shards.path}: {name} is known of no row of '{at.split}'")
+        found.append(_of_quantity(at, number, fields, truth, known))
+        if number == 0 and at.split == "test" and not at.network_only and known.all():
+            _gallery(at.run, task, fields, truth, at.values(0))
     evaluation = {
-        "split": split,
+        "split": at.split,
         "data": problem.shards.manifest.identity,
-        "rows": len(truth),
-        "quantity": task.quantity.name,
-        "unit": task.quantity.unit,
-        "checkpoint": model.checkpoint,
-        "methods": [
-            {"name": n, "label": labels[n], "seconds": took[n], **_plain(score(p, truth))}
-            for n, p in predictions.items()
-        ],
+        "checkpoint": at.model.checkpoint,
+        **found[0],
         "published": [asdict(figure) for figure in task.published()],
+        **({"others": found[1:]} if len(found) > 1 else {}),
     }
-    suffix = "" if split == "test" else f"-{split}"
-    columns = (Column("row", "integer"), Column("label", "text"), Column("truth", "real"))
-    methods = tuple(Column(name, "real") for name in predictions)
-    with table_file(run.folder / f"predictions{suffix}.csv", (*columns, *methods)) as append:
-        names = _labels(problem, numbers)
-        append({"row": numbers, "label": names, "truth": truth, **predictions})
-    if split == "test" and not network_only:
-        _gallery(run, task, fields, truth, network)
-    write_json(run.folder / f"evaluation{suffix}.json", evaluation)
+    write_json(at.run.folder / f"evaluation{_suffix(at.split)}.json", evaluation)
     return evaluation
 
 
+def _of_quantity(
+    at: _Evaluating, number: int, fields: Fields, truth: Array, known: Array
+) -> dict[str, Any]:
+    """Write the predictions of one quantity, of the rows whose truth is known, and score them."""
+    task, quantity = at.model.task, at.model.task.quantities[number]
+    predictions, took = {"network": at.values(number)[known]}, {"network": at.seconds}
+    if not at.network_only:
+        _add_baselines(at, number, _some(fields, known), predictions, took)
+    for name, values in predictions.items():
+        if bad := int((~np.isfinite(values)).sum()):
+            raise DataError(f"{name}: {bad} of {values.size} predictions are not finite")
+    labels = {b.name: b.label for b in task.baselines()} | {"network": "Network"}
+    scale, truth, rows = at.model.scale.heads[number], truth[known], at.rows[known]
+    scores = {name: score(values, truth, scale) for name, values in predictions.items()}
+    if at.forces is not None:
+        scores["network"] = at.forces
+    methods = [
+        {"name": n, "label": labels[n], "seconds": took[n], **_plain(found)}
+        for n, found in scores.items()
+    ]
+    suffix = _suffix(at.split) + (f"-{quantity.name}" if number else "")
+    columns = (Column("row", "integer"), Column("label", "text"), Column("truth", "real"))
+    shown = {name: _shown(values) for name, values in predictions.items()}
+    with table_file(
+        at.run.folder / f"predictions{suffix}.csv",
+        (*columns, *(Column(name, "real") for name in shown)),
+    ) as append:
+        append({"row": rows, "label": _labels(at.problem, rows), "truth": truth, **shown})
+    return {
+        "quantity": quantity.name,
+        "unit": quantity.unit,
+        "transform": scale.transform,
+        "rows": len(truth),
+        "methods": methods,
+    }
+
+
+def _suffix(split: SplitName) -> str:
+    return "" if split == "test" else f"-{split}"
+
+
+def _shown(values: Array) -> Array:
+    """One number a row: of classes, the most probable."""
+    return values if values.ndim == 1 else values.argmax(axis=1).astype(np.float64)
+
+
+def _some(fields: Fields, chosen: Array) -> Fields:
+    """Fields of some rows; chosen: (n,) bool."""
+    if chosen.all():
+        return fields
+    rows = np.flatnonzero(chosen)
+    return {name: _rows_of(values, rows) for name, values in fields.items()}
+
+
+def _rows_of(values: Any, rows: Array) -> Any:
+    return values.take(rows) if isinstance(values, Ragged) else values[rows]
+
+
 def _plain(scores: Scores) -> dict[str, float | None]:
-    """For JSON, which knows no nan."""
-    return {k: v if v is not None and math.isfinite(v) else None for k, v in asdict(scores).items()}
+    """For JSON, which knows no nan; without what this kind of target does not have."""
+    found = asdict(scores)
+    always = ("mae", "rmse", "r2", "mae_percent")
+    return {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in found.items()
+        if name in always or value is not None
+    }
 
 
 def _labels(problem: Problem, rows: Array) -> list[str]:
@@ -141,13 +218,20 @@ def _labels(problem: Problem, rows: Array) -> list[str]:
 
 
 def _add_baselines(
-    problem: Problem, fields: Fields, predictions: dict[str, Array], seconds: dict[str, float]
+    at: _Evaluating,
+    number: int,
+    fields: Fields,
+    predictions: dict[str, Array],
+    seconds: dict[str, float],
 ) -> None:
     """Predictions of each baseline for `fields`, and the seconds each took (fit included)."""
-    train_fields, train_target = problem.split("train")
-    for baseline in problem.task.baselines():
+    train_fields, train_targets = at.problem.split("train")
+    target = train_targets if train_targets.ndim == 1 else train_targets[:, number]
+    known = ~np.isnan(target)
+    train_fields, target = _some(train_fields, known), target[known]
+    for baseline in at.model.task.baselines():
         started = time.perf_counter()
-        found = baseline.predict(train_fields, train_target, fields)
+        found = baseline.predict(train_fields, target, fields)
         predictions[baseline.name] = np.asarray(found)
         seconds[baseline.name] = time.perf_counter() - started
 

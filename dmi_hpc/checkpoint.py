@@ -32,7 +32,7 @@ from dmi_hpc.config import Config
 from dmi_hpc.errors import CheckpointError, FormatVersionError
 from dmi_hpc.files import TEMP_PREFIX, atomic_folder, write_json
 from dmi_hpc.models.spec import NetworkSpec
-from dmi_hpc.problem import TargetScale
+from dmi_hpc.targets import Scale
 
 FORMAT_VERSION = 2
 WEIGHTS, STATE, META = "weights.safetensors", "state.pt", "checkpoint.json"
@@ -71,7 +71,7 @@ class Meta(Config):
     step: int
     epoch: int
     network: NetworkSpec
-    scale: TargetScale
+    scale: Scale
     task: Mapping[str, Any]
     data: str = ""  # identity of the shard set; "" in checkpoints from before it was recorded
     metrics: Mapping[str, float] = {}  # of a finished epoch; {} within one
@@ -286,8 +286,9 @@ def best(folder: Path, warn: Callable[[str], None]) -> tuple[Path, Meta]:
         except CheckpointError as error:
             warn(f"{error}; passed over")
             continue
-        if "validation_mae" in meta.metrics:
-            scored.append((meta.metrics["validation_mae"], meta.step, path))
+        # earlier versions knew no other error than the mean absolute one
+        names = ("validation_error", "validation_mae")
+        scored += [(meta.metrics[n], meta.step, path) for n in names if n in meta.metrics]
     for _, _, path in sorted(scored):
         try:
             return path, read_meta(path)

@@ -60,6 +60,9 @@ class DataConfig(Config):
     shuffle: Literal["auto", "global", "block"] = Field(
         "auto", description="of training; auto: block where random access is slow"
     )
+    train_rows: int | None = Field(
+        None, ge=2, description="learn from so many training rows; fewer are part of more"
+    )
 
     @model_validator(mode="after")
     def _some_left(self) -> DataConfig:
@@ -128,7 +131,15 @@ class TrainConfig(Config):
     decay_epochs: int = Field(
         30, ge=1, description="step: between drops; plateau: epochs without a better validation"
     )
-    loss: Literal["mse", "mae", "huber"] = "mse"
+    loss: Literal["mse", "mae", "huber"] = Field(
+        "mse", description="of numbers; classes have their cross entropy"
+    )
+    force_weight: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="of the forces' loss, where a task has them; the energy's: the rest",
+    )
     clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 = no clipping")
     not_finite: Literal["fail", "skip"] = Field(
         "fail", description="what becomes of a step whose loss or gradient is not finite"

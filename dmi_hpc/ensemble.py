@@ -73,15 +73,8 @@ class Ensemble(Model):
     def predict_with_sigma(self, fields: Mapping[str, ArrayLike]) -> tuple[Array, Array]:
         """(predictions, their standard deviations), (n,) float64 each, in the quantity's unit."""
         predictions = np.stack([member.predict(fields) for member in self.members])
-        mean = centre(predictions, self.scale.transform)
+        mean = self.scale.centre(predictions)
         return mean, self.calibration.sigma(spread(predictions))
-
-
-def centre(predictions: Array, transform: Literal["identity", "log"]) -> Array:
-    """(members, n) -> (n,) means over the members, of logarithms if that is the target's scale."""
-    if transform == "log":
-        return np.asarray(np.exp(np.log(predictions).mean(axis=0)))
-    return np.asarray(predictions.mean(axis=0))
 
 
 def spread(predictions: Array) -> Array:

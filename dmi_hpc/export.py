@@ -31,8 +31,8 @@ from dmi_hpc.files import atomic_folder, write_json, write_text
 from dmi_hpc.models.build import build
 from dmi_hpc.models.graphs import Inputs, nominal_graphs
 from dmi_hpc.models.spec import NetworkSpec
-from dmi_hpc.problem import TargetScale
 from dmi_hpc.run import versions
+from dmi_hpc.targets import Scale, TargetScale
 from dmi_hpc.tasks.base import Array
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Export(Config):
     file: str
     xxh3: str
     network: NetworkSpec
-    scale: TargetScale
+    scale: Scale
     task: Mapping[str, Any]
     quantity: str
     unit: str
@@ -73,15 +73,31 @@ class Export(Config):
 
 
 class InFieldUnits(nn.Module):
-    """A network whose outputs are in the quantity's unit: (n, *input_shape) float32 -> (n,)."""
+    """A network whose outputs are in the quantity's unit: (n, *input_shape) float32 -> (n,), or (n, k)
+    of k quantities, or of the probabilities of k classes."""
 
-    def __init__(self, network: nn.Module, scale: TargetScale) -> None:
+    def __init__(self, network: nn.Module, scale: Scale) -> None:
         super().__init__()
         self.network, self.scale = network, scale
 
     def forward(self, inputs: Tensor) -> Tensor:
-        values = self.network(inputs).squeeze(1) * self.scale.std + self.scale.mean
-        return torch.exp(values) if self.scale.transform == "log" else values
+        output, heads = self.network(inputs), self.scale.heads
+        if len(heads) == 1:
+            return _in_field_units(output.squeeze(1), heads[0])
+        return torch.stack([_in_field_units(output[:, k], h) for k, h in enumerate(heads)], dim=1)
+
+
+def _in_field_units(values: Tensor, scale: TargetScale) -> Tensor:
+    """`TargetScale.unscale`, of tensors."""
+    match scale.transform:
+        case "identity":
+            return values * scale.std + scale.mean
+        case "log":
+            return torch.exp(values * scale.std + scale.mean)
+        case "logit":
+            return torch.sigmoid(values)
+        case "category":
+            return torch.softmax(values, dim=-1)
 
 
 def export(model: Model, out: Path, kind: Format) -> Export:
@@ -205,9 +221,9 @@ def _check(network: nn.Module, model: Model, folder: Path, spec: Export) -> None
     with torch.no_grad():
         wanted = model.scale.unscale(network(inputs).squeeze(1).numpy())
     found = _OUTPUTS[spec.kind](folder, inputs)
-    centre, above = model.scale.unscale(np.array([0.0, 1.0]))
+    spread = max(head.unit for head in model.scale.heads)
     if found.shape != wanted.shape or not np.allclose(
-        found, wanted, rtol=_TOLERANCE, atol=_TOLERANCE * float(above - centre)
+        found, wanted, rtol=_TOLERANCE, atol=_TOLERANCE * spread
     ):
         raise CheckpointError(
             f"{spec.file}: read back it predicts {found.tolist()} {spec.unit}, expected "
@@ -298,13 +314,19 @@ session.run(["prediction"], {{"inputs": inputs}})[0]    # numpy float32; result:
 }
 
 
+def _formula(scale: TargetScale) -> str:
+    scaled = f"y * {scale.std!r} + {scale.mean!r}"
+    formulas = {"log": f"exp({scaled})", "logit": "1 / (1 + exp(-y))", "category": "softmax(y)"}
+    return formulas.get(scale.transform, scaled)
+
+
 def _readme(spec: Export, model: Model) -> str:
-    scaled = f"y * {spec.scale.std!r} + {spec.scale.mean!r}"
     unit = spec.unit or "no unit"
+    each = [_formula(head) for head in spec.scale.heads]
     call = _CALL[spec.kind].format(
         fields=", ".join(f'"{name}": ...' for name in spec.input_fields),
         unit=unit,
-        unscaled=f"exp({scaled})" if spec.scale.transform == "log" else scaled,
+        unscaled=each[0] if len(each) == 1 else f"[{', '.join(each)}] of its numbers y",
     )
     preparation = inspect.getdoc(type(model.task).inputs) or "see the task"
     shape = f"float32, ({', '.join(map(str, ('n', *spec.network.input_shape)))})"

@@ -38,13 +38,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch brought; losses in scaled units, errors in the task's unit."""
+    """What one epoch brought; losses in scaled units, errors in the task's unit.
+
+    validation_error: the one that is made small, `Task.measure`.
+    """
 
     epoch: int
     step: int
     samples: int
     train_loss: float
-    validation_mae: float
+    validation_error: float
     validation_rmse: float
     validation_r2: float
     learning_rate: float
@@ -60,7 +63,7 @@ class Counters:
     epoch: int = 0  # the epoch in work
     step: int = 0  # steps done in all epochs
     loss_sum: float = 0.0  # this rank's, of the epoch in work, when it was saved
-    best_mae: float = math.inf
+    best_error: float = math.inf
     best_epoch: int = -1
     best_step: int = -1
     averaged: int = 0  # steps in the running mean of the weights
@@ -73,7 +76,7 @@ class Counters:
 class Result:
     """How a training ended."""
 
-    best_mae: float
+    best_error: float
     best_epoch: int
     epochs: int
     steps: int

@@ -18,10 +18,11 @@ from numpy.typing import ArrayLike
 
 from dmi_hpc import checkpoint, collectives
 from dmi_hpc.data.manifest import MANIFEST, SPLITS, SplitName
+from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.reader import ShardSet
 from dmi_hpc.data.stage import find_staged
 from dmi_hpc.errors import DataError, RunError
-from dmi_hpc.evaluate import Predictor
+from dmi_hpc.evaluate import Predictor, part_of
 from dmi_hpc.export import SPEC, load_export
 from dmi_hpc.models.build import build
 from dmi_hpc.models.cost import BYTES, cost
@@ -47,8 +48,9 @@ class Model(Predictor):
     data: str  # identity of the shard set it was trained on; "" if not recorded
     metrics: Mapping[str, float]  # of the training, on the validation split
 
-    def predict(self, fields: Mapping[str, ArrayLike]) -> Array:
-        """(n,) float64 predictions, in `task.quantity.unit`, for n rows.
+    def predict(self, fields: Mapping[str, ArrayLike | Ragged]) -> Array:
+        """(n,) float64 predictions, in `task.quantity.unit`, for n rows; (n, k) of k quantities, or of
+        the probabilities of k classes.
 
         fields: `task.input_fields`, (n, ...) each, as a shard set stores them. Raises DataError if
         one is missing or they do not fit the network.
@@ -59,8 +61,14 @@ class Model(Predictor):
                 f"task {self.task.name}: expected fields {', '.join(wanted)}; missing "
                 f"{', '.join(missing)}, found {', '.join(fields) or 'none'}"
             )
-        arrays = {name: np.asarray(fields[name]) for name in wanted}
-        lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+        arrays: dict[str, Any] = {
+            name: given if isinstance(given := fields[name], Ragged) else np.asarray(given)
+            for name in wanted
+        }
+        lengths = {
+            name: len(array) if isinstance(array, Ragged) or array.ndim else 0
+            for name, array in arrays.items()
+        }
         if len(set(lengths.values())) > 1:
             raise DataError(f"fields: expected as many rows in each, found {lengths}")
         return self.of_fields(arrays)
@@ -125,32 +133,64 @@ class Table:
 def predict_inputs(model: Model, path: Path, split: SplitName | Literal["all"] = "all") -> Table:
     """Predictions of a user's file, or of a shard set: row by row, in order, each once.
 
-    A set may be larger than memory; files are read whole, by the task. split: of a set. Raises
-    DataError if the task cannot read it, or the set misses fields.
+    A set may be larger than memory; files are read whole, by the task. A TOML file names elements,
+    all compositions of which are made as they are predicted (`dmi_hpc.screening.options`). split: of
+    a set. Raises DataError if the task cannot read it, or the set misses fields.
     """
     if (path / MANIFEST).exists():
         return _of_set(model, path, split)
     if split != "all":
         raise DataError(f"{path}: --split {split} is of shard sets (a folder with {MANIFEST})")
+    if path.suffix == ".toml":
+        return _of_compositions(model, path)
     return _of_file(model, path)
 
 
-def _result(model: Model) -> Column:
-    quantity = model.task.quantity
-    return Column(quantity.name, "real", quantity.unit, digits=_DIGITS)
+def _results(model: Model) -> tuple[Column, ...]:
+    """Columns of what is predicted; the last one is a number in every row."""
+    task = model.task
+    if task.quantity.transform == "category":
+        return Column(task.quantity.name, "text"), Column("probability", "real", digits=_DIGITS)
+    return tuple(Column(q.name, "real", q.unit, digits=_DIGITS) for q in task.quantities)
+
+
+def _as_columns(model: Model, values: Array) -> dict[str, Any]:
+    """Predictions as those columns; of classes, the most probable one and how probable it is."""
+    quantity, names = model.task.quantity, [column.name for column in _results(model)]
+    if quantity.transform == "category":
+        best = values.argmax(axis=1)
+        classes = [quantity.classes[i] if quantity.classes else str(i) for i in best]
+        return dict(zip(names, (classes, values.max(axis=1)), strict=True))
+    return dict(zip(names, values.reshape(len(values), -1).T, strict=True))
 
 
 def _of_file(model: Model, path: Path) -> Table:
     labels, fields = model.task.read_inputs(path)
-    result = _result(model)
 
     def blocks() -> Iterator[Mapping[str, Any]]:
         for start in range(0, len(labels), model.batch_size):
-            some = slice(start, start + model.batch_size)
-            part = {name: values[some] for name, values in fields.items()}
-            yield {"input": labels[some], result.name: model.predict(part)}
+            stop = min(start + model.batch_size, len(labels))
+            part = {name: part_of(values, start, stop) for name, values in fields.items()}
+            yield {"input": labels[start:stop], **_as_columns(model, model.predict(part))}
 
-    return Table((Column("input", "text"), result), len(labels), blocks())
+    return Table((Column("input", "text"), *_results(model)), len(labels), blocks())
+
+
+def _of_compositions(model: Model, path: Path) -> Table:
+    from dmi_hpc.screening.options import read_screening
+    from dmi_hpc.screening.stream import Network, blocks, number_of
+
+    what = read_screening(path)
+    network, wanted = Network(model, what.precision), what.compositions
+
+    def predicted() -> Iterator[Mapping[str, Any]]:
+        for block in blocks(wanted, model.device):
+            if len(block):
+                values = model.scale.unscale(network(block.fractions()).cpu().numpy())
+                yield {"input": block.formulas().tolist(), **_as_columns(model, values)}
+
+    columns = (Column("input", "text"), *_results(model))
+    return Table(columns, number_of(wanted, model.device), predicted())
 
 
 def _of_set(model: Model, path: Path, split: SplitName | Literal["all"]) -> Table:
@@ -163,16 +203,16 @@ def _of_set(model: Model, path: Path, split: SplitName | Literal["all"]) -> Tabl
             f"{path}: task {model.task.name} needs fields {', '.join(missing)}; found "
             f"{', '.join(sorted(have))}"
         )
-    rows, result = shards.rows(split), _result(model)
+    rows = shards.rows(split)
     label = model.task.label_field if model.task.label_field in have else None
 
     def blocks() -> Iterator[Mapping[str, Any]]:
         with shards:
             for part in model.of_rows(shards, rows, World(), carry=(label,) if label else ()):
-                block: dict[str, Any] = {"row": part.rows, result.name: part.values}
+                block: dict[str, Any] = {"row": part.rows, **_as_columns(model, part.values)}
                 if label:
                     block["input"] = [bytes(text).decode() for text in part.fields[label]]
                 yield block
 
-    columns = (Column("row", "integer"), *((Column("input", "text"),) if label else ()), result)
-    return Table(columns, len(rows), blocks())
+    names = (Column("row", "integer"), *((Column("input", "text"),) if label else ()))
+    return Table((*names, *_results(model)), len(rows), blocks())

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from dmi_hpc.config import DataConfig
 from dmi_hpc.data.manifest import Field
@@ -16,35 +15,8 @@ from dmi_hpc.data.reader import ShardSet, Verify
 from dmi_hpc.data.sampler import Shuffle
 from dmi_hpc.data.stage import find_staged
 from dmi_hpc.errors import DataError
+from dmi_hpc.targets import Scale, scale_of
 from dmi_hpc.tasks.base import Array, Fields, Task
-
-
-class TargetScale(BaseModel):
-    """Target to network units: (transform(y) - mean) / std, from the training rows only."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    transform: Literal["identity", "log"]
-    mean: float
-    std: float
-
-    @classmethod
-    def of(cls, target: Array, transform: Literal["identity", "log"]) -> TargetScale:
-        if transform == "log" and (target <= 0).any():
-            raise DataError(f"a log-scaled target must be positive, found {target.min():.4g}")
-        values = np.log(target) if transform == "log" else target
-        std = float(values.std())
-        if not std > 0:
-            raise DataError(f"the target is constant ({values[0]:.4g}) over the training rows")
-        return cls(transform=transform, mean=float(values.mean()), std=std)
-
-    def scale(self, target: Array) -> Array:
-        values = np.log(target) if self.transform == "log" else target
-        return np.asarray((values - self.mean) / self.std, dtype=np.float32)
-
-    def unscale(self, output: Array) -> Array:
-        values = np.asarray(output, dtype=np.float64) * self.std + self.mean
-        return np.exp(values) if self.transform == "log" else values
 
 
 @dataclass(frozen=True)
@@ -54,7 +26,7 @@ class Problem:
     task: Task
     shards: ShardSet
     train_rows: Rows | Array  # (n,) int64
-    scale: TargetScale
+    scale: Scale
     shuffle: Shuffle | None = None  # of training; None: what suits the storage
 
     @classmethod
@@ -81,17 +53,7 @@ class Problem:
             processes_on_node=processes_on_node,
         )
         _check_fields(task, shards)
-        rows: Rows | Array = shards.rows("train")
-        target = shards.gather(task.target_field, rows).astype(np.float64)
-        keep = task.in_training(target)
-        if not keep.all():
-            rows, target = np.asarray(rows)[keep], target[keep]
-        if len(rows) < 2:
-            raise DataError(
-                f"{path}: {len(rows)} training rows ({len(keep)} before the task's own choice among "
-                "them), a network needs at least 2. Make a larger set, smaller shares of the other "
-                "splits, or a wider train_range"
-            )
+        rows, targets = _to_learn_from(task, shards, reading.train_rows)
         for name in ("validation", "test"):
             if not shards.manifest.split_rows.get(name):
                 raise DataError(
@@ -100,19 +62,20 @@ class Problem:
                 )
         _check_inputs(task, shards, rows[:1])
         try:
-            scale = TargetScale.of(target, task.quantity.transform)
+            scale = scale_of(targets, [q.transform for q in task.quantities], task.target_fields)
         except DataError as error:
-            raise DataError(f"{path}: field {task.target_field}: {error}") from None
+            raise DataError(f"{path}: {error}") from None
         shuffle = None if reading.shuffle == "auto" else reading.shuffle
         return cls(task, shards, rows, scale, shuffle)
 
     @property
     def fields(self) -> tuple[str, ...]:
-        return (*self.task.input_fields, self.task.target_field)
+        return (*self.task.input_fields, *self.task.label_fields)
 
     def target(self, fields: Fields) -> Array:
-        """(n,) float64, field units."""
-        return np.asarray(fields[self.task.target_field], dtype=np.float64)
+        """(n,) float64, field units; (n, k) of several targets."""
+        columns = [np.asarray(fields[name], dtype=np.float64) for name in self.task.target_fields]
+        return columns[0] if len(columns) == 1 else np.stack(columns, axis=1)
 
     def split(self, name: Literal["train", "validation", "test"]) -> tuple[Fields, Array]:
         """All fields and the target of one split, in memory (for baselines and reports)."""
@@ -121,23 +84,47 @@ class Problem:
         return fields, self.target(fields)
 
 
+def _to_learn_from(
+    task: Task, shards: ShardSet, most: int | None
+) -> tuple[Rows | Array, list[Array]]:
+    """Training rows, at most so many, and each target (n,) of them. Smaller choices are part of larger
+    ones. Raises DataError if too few are left."""
+    rows: Rows | Array = shards.rows("train")
+    targets = [shards.gather(name, rows).astype(np.float64) for name in task.target_fields]
+    keep = task.in_training(targets[0]) & ~np.all(np.isnan(targets), axis=0)
+    if most is not None and most < keep.sum():
+        chosen = np.flatnonzero(keep)
+        order = np.random.default_rng(0).permutation(len(chosen))
+        keep = np.zeros(len(keep), dtype=bool)
+        keep[chosen[order[:most]]] = True
+    if not keep.all():
+        rows, targets = np.asarray(rows)[keep], [target[keep] for target in targets]
+    if len(rows) < 2:
+        raise DataError(
+            f"{shards.path}: {len(rows)} training rows ({len(keep)} before the task's own choice among "
+            "them), a network needs at least 2. Make a larger set, smaller shares of the other "
+            "splits, or a wider train_range"
+        )
+    return rows, targets
+
+
 def _check_fields(task: Task, shards: ShardSet) -> None:
-    """Raise DataError unless the task's fields are there and its target is one number a row."""
+    """Raise DataError unless the task's fields are there and each target is one number a row."""
     have = {field.name: field for field in shards.manifest.fields}
-    missing = [name for name in (*task.input_fields, task.target_field) if name not in have]
+    missing = [name for name in (*task.input_fields, *task.label_fields) if name not in have]
     if missing:
         raise DataError(
             f"{shards.path}: task '{task.name}' needs fields {', '.join(missing)}; found "
             f"{', '.join(sorted(have))}, as made for task '{shards.manifest.plan.task}'. Choose another "
             "set, or that task"
         )
-    target = have[task.target_field]
-    if not target.numeric or target.axis is not None or target.shape:
-        raise DataError(
-            f"{shards.path}: field {target.name}, the target of task '{task.name}': found "
-            f"{_kind(target)}, expected one number a row. Make the set again with one column as the "
-            "target, or choose another set"
-        )
+    for target in (have[name] for name in task.target_fields):
+        if not target.numeric or target.axis is not None or target.shape:
+            raise DataError(
+                f"{shards.path}: field {target.name}, the target of task '{task.name}': found "
+                f"{_kind(target)}, expected one number a row. Make the set again with one column as "
+                "the target, or choose another set"
+            )
 
 
 def _check_inputs(task: Task, shards: ShardSet, row: Array) -> None:

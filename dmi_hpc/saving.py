@@ -22,6 +22,8 @@ from dmi_hpc.files import writing
 from dmi_hpc.job import Counters, Job
 from dmi_hpc.writer import Writer
 
+_RENAMED = {"best_mae": "best_error"}  # counters of earlier versions
+
 
 class Saver:
     """Checkpoints of one training. Without a folder it saves nothing."""
@@ -155,7 +157,8 @@ def restore(
             state, weights = checkpoint.load_state(found), checkpoint.read_weights(found)
     small = None if state is None else {k: state[k] for k in ("counters", "order", "ranks")}
     shared = collectives.gather_objects(small)[0]
-    counters = Counters(**shared["counters"])
+    known = {_RENAMED.get(name, name): value for name, value in shared["counters"].items()}
+    counters = Counters(**known)
     if average is not None:
         with together(collectives.gather_objects):
             if job.world.is_first:

@@ -15,19 +15,18 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from dmi_hpc import checkpoint, collectives
 from dmi_hpc.agreement import Agreement, Decision
 from dmi_hpc.average import Average
 from dmi_hpc.batches import make_loader, micro_batch_sizes, micro_batches
-from dmi_hpc.config import TrainConfig
 from dmi_hpc.data.device import to_device
 from dmi_hpc.engine import Engine, make_engine, statistics_untouched
 from dmi_hpc.errors import Interrupted, RecipeError, TrialFailure, counted, together
 from dmi_hpc.evaluate import evaluate_rows
 from dmi_hpc.files import write_json, writing
 from dmi_hpc.job import Counters, Epoch, Job, Observer, Result
+from dmi_hpc.losses import row_losses
 from dmi_hpc.meters import NoiseScale, Step
 from dmi_hpc.models.build import build
 from dmi_hpc.models.cost import cost
@@ -133,7 +132,7 @@ class _Training:
         self.saver.close()
         c = self.counters
         return Result(
-            best_mae=c.best_mae,
+            best_error=c.best_error,
             best_epoch=c.best_epoch,
             epochs=c.epoch,
             steps=c.step,
@@ -224,8 +223,8 @@ class _Training:
                 each if whole else each[part] for each in (tensors["targets"], tensors["weights"])
             )
             with statistics_untouched(self.engine.module, rows=part.stop - part.start):
-                output = self.engine(inputs).squeeze(1)
-            per_row = _loss(self.config, output, targets)
+                output = self.engine(inputs)
+            per_row = row_losses(self.config, self.job.problem.scale, output, targets, inputs)
             loss = per_row.sum() if real == share else (per_row * weights).sum()
             # engines average over ranks: rows of a ragged last batch still weigh the same
             self.engine.backward(loss * (self.job.world.size / rows), last=number == len(parts))
@@ -264,8 +263,8 @@ class _Training:
                 job.world,
                 threads=self.config.loader_threads,
             )
-        if not math.isfinite(scores.mae):
-            raise TrialFailure("nan", f"validation error is {scores.mae} after epoch {c.epoch}")
+        if not math.isfinite(scores.error):
+            raise TrialFailure("nan", f"validation error is {scores.error} after epoch {c.epoch}")
         totals = collectives.sum_(
             torch.stack([self._loss, torch.full_like(self._loss, c.skipped_rows)])
         )
@@ -275,7 +274,7 @@ class _Training:
             step=c.step,
             samples=(c.epoch + 1) * len(self.loader.rows),
             train_loss=float(totals[0]) / max(1.0, counted),
-            validation_mae=scores.mae,
+            validation_error=scores.error,
             validation_rmse=scores.rmse,
             validation_r2=scores.r2,
             learning_rate=self._rate,
@@ -283,17 +282,17 @@ class _Training:
             samples_per_s=self._rows_seen / self._seconds,
             data_wait=self._data_wait,
         )
-        if scores.mae < c.best_mae:
-            c.best_mae, c.best_epoch, c.best_step = scores.mae, c.epoch, c.step
+        if scores.error < c.best_error:
+            c.best_error, c.best_epoch, c.best_step = scores.error, c.epoch, c.step
         c.epoch += 1
-        c.validation.append(scores.mae)
+        c.validation.append(scores.error)
         c.skipped_rows = 0
         self._loss.zero_()
         self.history.append(epoch)
         # told first: killed between the two, an epoch is told twice rather than never
         with together(collectives.gather_objects):
             self.observer.on_epoch(epoch)
-        return {"validation_mae": scores.mae, "validation_rmse": scores.rmse}
+        return {"validation_error": scores.error, "validation_rmse": scores.rmse}
 
     @contextmanager
     def _evaluated(self) -> Iterator[nn.Module]:
@@ -345,14 +344,3 @@ def _noise_scale(job: Job, engine: Engine) -> NoiseScale | None:
             "accumulation = 2, or start more ranks, or set noise_scale = false"
         )
     return NoiseScale(sizes)
-
-
-def _loss(config: TrainConfig, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Loss of each row, scaled units."""
-    match config.loss:
-        case "mse":
-            return functional.mse_loss(output, target, reduction="none")
-        case "mae":
-            return functional.l1_loss(output, target, reduction="none")
-        case "huber":
-            return functional.huber_loss(output, target, reduction="none")

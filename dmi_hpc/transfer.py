@@ -23,7 +23,7 @@ from dmi_hpc.config import StartConfig
 from dmi_hpc.errors import CheckpointError, RecipeError, counted
 from dmi_hpc.export import SPEC, load_export
 from dmi_hpc.models.build import build
-from dmi_hpc.problem import TargetScale
+from dmi_hpc.targets import Scale
 
 _SHOWN = 60  # names in a message
 
@@ -34,7 +34,7 @@ class Source:
 
     path: Path
     module: nn.Module
-    scale: TargetScale
+    scale: Scale
     head: str  # name of its last layer
 
 
@@ -72,7 +72,7 @@ class Report:
 def start_from(
     module: nn.Module,
     config: StartConfig,
-    scale: TargetScale,
+    scale: Scale,
     warn: Callable[[str], None],
 ) -> Report:
     """Copy the weights that fit `module` by name and shape from the training at `config.path`.
@@ -258,7 +258,7 @@ def _fit_head(
     module: nn.Module,
     source: Source,
     renamed: Mapping[str, str | None],
-    scale: TargetScale,
+    scale: Scale,
     copied: Sequence[str],
     rescale: bool,
 ) -> str:
@@ -271,23 +271,28 @@ def _fit_head(
         return f"last layer {name}: not rescaled, as it was not the last one there"
     if not rescale:
         return f"last layer {name}: as it was, in units of each target's own deviation"
-    if source.scale.transform != scale.transform:
+    kinds = [", ".join(h.transform for h in each.heads) for each in (source.scale, scale)]
+    if kinds[0] != kinds[1]:
         raise RecipeError(
-            f"train.start: the target there is on the scale '{source.scale.transform}', here on "
-            f"'{scale.transform}': set rescale_head = false, or exclude = [\"{name}.*\"]"
+            f"train.start: the target there is on the scale '{kinds[0]}', here on '{kinds[1]}': set "
+            f'rescale_head = false, or exclude = ["{name}.*"]'
         )
     if not isinstance(head, nn.Linear) or head.bias is None:
         raise RecipeError(
             f"train.start.rescale_head: the last layer {name} is {type(head).__name__}, expected a "
             "linear one with bias: set rescale_head = false"
         )
-    ratio = source.scale.std / scale.std
+    there, here = source.scale.heads, scale.heads
+    ratios = torch.tensor([a.std / b.std for a, b in zip(there, here, strict=True)])
+    shifts = torch.tensor([(a.mean - b.mean) / b.std for a, b in zip(there, here, strict=True)])
     with torch.no_grad():
-        head.weight.mul_(ratio)
-        head.bias.mul_(ratio).add_((source.scale.mean - scale.mean) / scale.std)
+        head.weight.mul_(ratios[:, None])
+        head.bias.mul_(ratios).add_(shifts)
+    if len(here) > 1:
+        return f"last layer {name}: rescaled to the means and deviations of {len(here)} targets"
     return (
-        f"last layer {name}: rescaled from mean {source.scale.mean:.4g}, deviation "
-        f"{source.scale.std:.4g} to {scale.mean:.4g}, {scale.std:.4g}"
+        f"last layer {name}: rescaled from mean {there[0].mean:.4g}, deviation "
+        f"{there[0].std:.4g} to {here[0].mean:.4g}, {here[0].std:.4g}"
     )
 
 

@@ -164,7 +164,7 @@ _RECORDED = (
 )
 _PLOTTED = (
     "train_loss",
-    "validation_mae",
+    "validation_error",
     "validation_rmse",
     "learning_rate",
     "samples_per_s",
@@ -181,7 +181,8 @@ class TrainingWatch:
     def __init__(self, job: Job, folder: Path, deadline: Deadline) -> None:
         """folder: ``RUN/train``."""
         self._job, self._deadline, self._first = job, deadline, job.world.is_first
-        self._unit = job.problem.task.quantity.unit
+        self._error, unit = job.problem.task.measure
+        self._unit = f" {unit}" if unit else ""
         self._out = console()
         self._live = self._out.is_interactive
         self._records = Records(folder, self._say)
@@ -203,7 +204,7 @@ class TrainingWatch:
         self._gauge = Gauge(job.config.epochs, training_flops(job.network), peak)
         told = read_json_lines(self._records.path)  # of the part before it was interrupted
         self._best = min(
-            (line["validation_mae"] for line in told if line.get("kind") == "epoch"),
+            (line["validation_error"] for line in told if "validation_error" in line),
             default=math.inf,
         )
         live = Live(self._screen, console=self._out, refresh_per_second=_REFRESH_PER_S)
@@ -252,11 +253,11 @@ class TrainingWatch:
         if not self._first:
             return
         now, epochs = time.perf_counter(), self._job.config.epochs
-        self._best = min(self._best, epoch.validation_mae)
+        self._best = min(self._best, epoch.validation_error)
         record = asdict(epoch)
         self._records.epoch(record, {name: record[name] for name in _PLOTTED})
         scores = (
-            f"validation MAE {epoch.validation_mae:.4g} {self._unit} (best {self._best:.4g})",
+            f"validation {self._error} {epoch.validation_error:.4g}{self._unit} (best {self._best:.4g})",
             f"training loss {epoch.train_loss:.4g}",
         )
         self._screen.scores = scores

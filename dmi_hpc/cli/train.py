@@ -259,6 +259,6 @@ def _closing_line(status: dict[str, Any]) -> str:
     return (
         f"trained {status['parameters']:,} parameters for {status['epochs']} epochs "
         f"({status['reason']}) on {status['ranks']} ranks: best validation MAE "
-        f"{status['best_mae']:.4g} {status['unit']} after epoch {status['best_epoch'] + 1}; "
+        f"{status['best_error']:.4g} {status['unit']} after epoch {status['best_epoch'] + 1}; "
         f"weights {status['weights_xxh3']}"
     )

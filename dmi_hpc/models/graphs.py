@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -81,6 +82,13 @@ class Graphs:
 
 
 Inputs = Tensor | Graphs
+
+
+class EnergyForces(NamedTuple):
+    """What a network with forces gives, in network units: energy (B, 1), forces (N, 3)."""
+
+    energy: Tensor
+    forces: Tensor
 
 
 def inputs_of(tensors: Mapping[str, Tensor]) -> Inputs:

@@ -141,13 +141,13 @@ class _EnsembleFile:
 class Epoch:
     """One line of ``train/metrics.jsonl``, counted from 0; what was not recorded is None.
 
-    validation_mae: in the evaluation's unit; seconds: of this epoch alone.
+    validation_error: in the evaluation's unit; seconds: of this epoch alone.
     """
 
     epoch: int
     train_loss: float | None = None
     validation_loss: float | None = None
-    validation_mae: float | None = None
+    validation_error: float | None = None
     learning_rate: float | None = None
     seconds: float | None = None
     samples_per_s: float | None = None

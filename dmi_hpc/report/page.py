@@ -93,7 +93,7 @@ def headline(run: Run) -> str:
             f"{number(test.mae)}{_NBSP}{run.refined.unit}."
         )
     if run.training is not None and run.training.epochs:
-        known = [e.validation_mae for e in run.training.epochs if e.validation_mae is not None]
+        known = [e.validation_error for e in run.training.epochs if e.validation_error is not None]
         best = f", best validation MAE {number(min(known))}" if known else ""
         return f"Trained for {len(run.training.epochs)} epochs{best}; not evaluated yet."
     if run.search is not None and run.search.best is not None:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 Fields = Mapping[str, Array]
 Progress = Callable[[int], None]
+# log: positive with a wide range; logit: 0 or 1, predicted as a probability; category: the number of a
+# class, predicted as the probabilities of all
+Transform = Literal["identity", "log", "logit", "category"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Quantity:
 
     name: str
     unit: str
-    transform: Literal["identity", "log"] = "identity"  # log: positive with a wide range
+    transform: Transform = "identity"
+    classes: tuple[str, ...] = ()  # of a category: what its numbers stand for
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Task(ABC):
     quantity: ClassVar[Quantity]
     input_fields: ClassVar[tuple[str, ...]]
     target_field: ClassVar[str]
+    force_field: ClassVar[str | None] = None  # forces on atoms, eV/angstrom, learnt with the energy
     label_field: ClassVar[str | None] = None  # text that names a row; else its number
 
     def __init__(self, name: str, options: Config) -> None:
@@ -105,6 +110,31 @@ class Task(ABC):
         """Make the shard set `target` from a solver; or a DataError saying how to import it."""
 
     @property
+    def quantities(self) -> tuple[Quantity, ...]:
+        """All that one network predicts, with an output for each; `quantity` is the first."""
+        return (self.quantity,)
+
+    @property
+    def target_fields(self) -> tuple[str, ...]:
+        """The field of each of `quantities`; nan where it is not known of a row."""
+        return (self.target_field,)
+
+    @property
+    def measure(self) -> tuple[str, str]:
+        """(name, unit) of the error that trainings and searches make small."""
+        if len(self.quantities) > 1:
+            return "MAE / deviation", ""
+        named = {"logit": "1 - AUC", "category": "error rate"}.get(self.quantity.transform)
+        if named is not None:
+            return named, ""
+        return ("MAE + force MAE" if self.force_field else "MAE"), self.quantity.unit
+
+    @property
+    def label_fields(self) -> tuple[str, ...]:
+        """All fields that are learnt, beside `input_fields`."""
+        return (*self.target_fields, *([self.force_field] if self.force_field else ()))
+
+    @property
     def graph(self) -> GraphInput | None:
         """What the edges carry, if inputs are graphs: with ``input_shape`` (node features, nodes)."""
         return None
@@ -116,7 +146,8 @@ class Task(ABC):
     @abstractmethod
     def inputs(self, fields: Fields) -> Array | Graphs:
         """Stored fields of n rows -> network inputs, (n, *input_shape) float32; or n graphs, if the
-        task has a `graph`. What refers to entries of another field counts them over all n rows."""
+        task has a `graph`. What refers to entries of another field counts them over all n rows. The
+        graphs carry the forces if `force_field` is among the fields."""
 
     def network_inputs(self, fields: Fields) -> Array | Graphs:
         """`inputs` of n rows, (n, *input_shape); a DataError naming the fields if they do not fit."""

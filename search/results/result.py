@@ -12,18 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from dmi_hpc import collectives
 from dmi_hpc.data.manifest import SplitName
-from dmi_hpc.ensemble import centre, save_ensemble, spread
+from dmi_hpc.ensemble import save_ensemble, spread
 from dmi_hpc.errors import RunError
 from dmi_hpc.files import exclusive, write_text, writing
 from dmi_hpc.predict import Model, load_model
 from dmi_hpc.problem import Problem
 from dmi_hpc.run import Run, open_run
+from dmi_hpc.targets import Scale
 from dmi_hpc.tasks import make_task
 from dmi_hpc.tasks.base import Array
 from dmi_hpc.world import World
@@ -128,7 +129,7 @@ class Predictions:
 
     values: Array
     truth: Array
-    transform: Literal["identity", "log"] = "identity"
+    scale: Scale
 
     @property
     def maes(self) -> Array:
@@ -137,7 +138,7 @@ class Predictions:
 
     def error(self, chosen: Sequence[int]) -> Array:
         """(n,) of the mean of some members."""
-        return centre(self.values[list(chosen)], self.transform) - self.truth
+        return self.scale.centre(self.values[list(chosen)]) - self.truth
 
     def spread(self, chosen: Sequence[int]) -> Array:
         """(n,) standard deviations over some members."""
@@ -205,4 +206,4 @@ def _predicted(models: Sequence[Model], problem: Problem, split: SplitName) -> P
         for part in model.of_rows(problem.shards, rows, World()):
             values[part.positions] = part.values
     fields = problem.shards.fields((problem.task.target_field,), np.asarray(rows))
-    return Predictions(found, problem.target(fields), problem.scale.transform)
+    return Predictions(found, problem.target(fields), problem.scale)

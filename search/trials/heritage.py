@@ -64,7 +64,7 @@ def _error(job: Job, weights: Weights) -> float:
     module.load_state_dict(weights)
     rows, config = job.problem.shards.rows("validation"), job.config
     batch_size, threads = config.batch_size, config.loader_threads
-    return evaluate_rows(job.problem, module, rows, batch_size, job.world, threads=threads).mae
+    return evaluate_rows(job.problem, module, rows, batch_size, job.world, threads=threads).error
 
 
 def beginning_with(job: Job, weights: Weights, folder: Path) -> Job:

@@ -78,7 +78,7 @@ class RankEvaluator(Evaluator):
         except RankLost:
             self.missed = True
             raise
-        return result.best_mae, {**costs, **scores(result), "ranks": float(self._world.size)}
+        return result.best_error, {**costs, **scores(result), "ranks": float(self._world.size)}
 
     def _train_on(self, genome: Genome, assignment: Assignment) -> Measured:
         """As on one rank, without inheritance. Rank 0 keeps what is kept, and all say what it says."""
@@ -101,7 +101,7 @@ class RankEvaluator(Evaluator):
             if not assignment.lasting:
                 result, _ = self._run(job, assignment, Origin())
                 assert result is not None, "it has no goal to pause at"
-                return result.best_mae, {**costs, **scores(result)}, ()
+                return result.best_error, {**costs, **scores(result)}, ()
             origin, there = self._first(lambda kept: _begun(kept, job, assignment))
             if not there:
                 _, origin = self._run(job, assignment, origin)

@@ -164,7 +164,7 @@ class Evaluator:
         limit_s = search.trial_time_limit_s
         with watchdog(limit_s):
             result = fit(job, Deadline(limit_s), resume=False, warn=_unheard)
-        return result.best_mae, {**costs, **scores(result)}
+        return result.best_error, {**costs, **scores(result)}
 
     def _train_on(self, genome: Genome, assignment: Assignment) -> Measured:
         """Begin, or go on from the last checkpoint, until the goal.
@@ -188,7 +188,7 @@ class Evaluator:
         if not assignment.lasting:
             result = _run(job, Pause(limit_s, end=end), limit_s)
             assert result is not None, "it has no goal to pause at"
-            return result.best_mae, {**costs, **scores(result)}, ()
+            return result.best_error, {**costs, **scores(result)}, ()
         with TemporaryDirectory(prefix="inherited-") as scratch:
             job, goal, origin = self._begun(job, assignment, Path(scratch))
             pause = Pause(limit_s, goal, origin.seconds, end)
@@ -210,7 +210,7 @@ class Evaluator:
         epochs = checkpoint.read_meta(last, verify=False).epoch
         lineage = origin.epochs + epochs
         weights = checkpoint.read_weights(best)
-        error = meta.metrics["validation_mae"]
+        error = meta.metrics["validation_error"]
         self._kept.save_weights(number, Trained(job.network, weights, lineage, error))
         curve: tuple[float, ...] = ()
         if self._recipe.search.extrapolate:

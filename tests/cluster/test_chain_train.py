@@ -26,5 +26,5 @@ def test_a_chained_training_has_the_losses_of_an_uninterrupted_one(user, tmp_pat
     assert [s.restart for s in found] == list(range(len(found)))
     expected, epochs = epochs_told(whole), epochs_told(run)
     assert [e["epoch"] for e in epochs] == list(range(EPOCHS))  # none twice
-    for key in ("train_loss", "validation_mae"):
+    for key in ("train_loss", "validation_error"):
         assert [e[key] for e in epochs] == pytest.approx([e[key] for e in expected], rel=1e-6)

@@ -51,6 +51,6 @@ def test_training_on_four_nodes_is_training_on_four_local_ranks(user, tmp_path):
     assert len(list((run / "logs").glob("rank-*.log"))) == 3
     local, cluster = epochs_told(tmp_path / "local"), epochs_told(run)
     assert len(cluster) == 3
-    for key in ("train_loss", "validation_mae"):
+    for key in ("train_loss", "validation_error"):
         expected = [epoch[key] for epoch in local]
         assert [epoch[key] for epoch in cluster] == pytest.approx(expected, rel=1e-6)

@@ -135,7 +135,7 @@ def test_four_ranks_see_what_one_sees_and_a_killed_job_of_two_continues_on_three
 def epochs_of(run):
     """(train loss, validation error) by epoch; one that was told twice counts as told last."""
     told = epochs_told(run)
-    return {line["epoch"]: (line["train_loss"], line["validation_mae"]) for line in told}
+    return {line["epoch"]: (line["train_loss"], line["validation_error"]) for line in told}
 
 
 def told(run):

@@ -42,7 +42,7 @@ def losses(run):
     """By epoch; killed before its checkpoint, an epoch is told once more: the last one counts."""
     lines = {line["epoch"]: line for line in epochs_told(run)}
     assert sorted(lines) == list(range(6))
-    return [x for e in range(6) for x in (lines[e]["train_loss"], lines[e]["validation_mae"])]
+    return [x for e in range(6) for x in (lines[e]["train_loss"], lines[e]["validation_error"])]
 
 
 def epochs(run):

@@ -40,7 +40,7 @@ def trained(folder, name, data, train):
     told = dmi("train", recipe, "--out", name, cwd=folder)
     status = json.loads((folder / name / "train" / "status.json").read_text())
     weights = read_source(folder / name, print).module.state_dict()
-    return told.stdout + told.stderr, status["best_mae"], weights
+    return told.stdout + told.stderr, status["best_error"], weights
 
 
 def test_few_rows_are_learnt_from_a_related_training(source, tmp_path):

@@ -65,7 +65,7 @@ def losses(data, batch_size, accumulation, world):
     )
     job = Job(Problem.open(make_task(TASK), data), NETWORK, config, seed=1, world=world)
     history = fit(job, Silent(), resume=False, warn=pytest.fail).history
-    return [x for epoch in history for x in (epoch.train_loss, epoch.validation_mae)]
+    return [x for epoch in history for x in (epoch.train_loss, epoch.validation_error)]
 
 
 @pytest.fixture(scope="module")

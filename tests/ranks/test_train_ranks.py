@@ -104,8 +104,8 @@ def test_a_training_of_two_ranks_tells_its_noise_scale(world, data):
     found = told.steps[-1].noise.value()
     assert found > 0
     assert collectives.gather_objects(found) == [found] * world.size
-    assert [e.validation_mae for e in told.epochs] == pytest.approx(
-        [e.validation_mae for e in plain.epochs], rel=1e-5
+    assert [e.validation_error for e in told.epochs] == pytest.approx(
+        [e.validation_error for e in plain.epochs], rel=1e-5
     )
 
 
@@ -122,7 +122,7 @@ def test_the_mean_of_shared_weights_is_that_of_whole_ones(world, data, tmp_path)
         "stage 3": {"engine": "deepspeed", "zero_stage": 3, "deepspeed": SHARED},
     }.items():
         watch, mean, state = trained(world, data, tmp_path / name / "c", **common, **keys)
-        found[name] = [epoch.validation_mae for epoch in watch.epochs], mean, state.get("weights")
+        found[name] = [epoch.validation_error for epoch in watch.epochs], mean, state.get("weights")
     curve, mean, own = found.pop("torch")
     for name, (other_curve, other_mean, other_own) in found.items():
         assert other_curve == pytest.approx(curve, rel=1e-5), name

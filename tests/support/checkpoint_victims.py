@@ -19,7 +19,7 @@ import torch
 from dmi_hpc import checkpoint
 from dmi_hpc.files import remove_stale
 from dmi_hpc.models.spec import Dense, NetworkSpec
-from dmi_hpc.problem import TargetScale
+from dmi_hpc.targets import TargetScale
 from dmi_hpc.writer import Writer
 
 MOMENTS, NUMBERS = 80, 800_000
@@ -33,7 +33,7 @@ def meta_of(step, mae=None, **more):
         network=NetworkSpec(input_shape=(3,), layers=(Dense(units=2),)),
         scale=TargetScale(transform="identity", mean=0.0, std=1.0),
         task={},
-        metrics={} if mae is None else {"validation_mae": mae},
+        metrics={} if mae is None else {"validation_error": mae},
         **more,
     )
 

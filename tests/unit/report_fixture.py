@@ -254,7 +254,7 @@ def write_training(run: Path, network: dict[str, Any], *, epochs: int = 60) -> N
                 "epoch": epoch,
                 "step": epoch * 18,
                 "train_loss": float(train),
-                "validation_mae": float(8 * train + 0.8 + 0.3 * rng.random()),
+                "validation_error": float(8 * train + 0.8 + 0.3 * rng.random()),
                 "validation_rmse": float(10 * train),
                 "learning_rate": 1e-3 * float(np.cos(epoch / epochs * np.pi / 2)),
                 "seconds": 2.1,

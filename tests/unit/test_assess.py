@@ -16,10 +16,11 @@ from dmi_hpc.config import DataConfig, Recipe, TrainConfig
 from dmi_hpc.data.build import Alone
 from dmi_hpc.data.manifest import read_manifest
 from dmi_hpc.errors import DataError, LaunchError
-from dmi_hpc.evaluate import score
-from dmi_hpc.problem import Problem, TargetScale
+from dmi_hpc.problem import Problem
 from dmi_hpc.report import write_report
 from dmi_hpc.run import Run, open_run
+from dmi_hpc.scores import score
+from dmi_hpc.targets import TargetScale
 from dmi_hpc.tasks import make_task
 from dmi_hpc.tasks.base import BuildContext, Picture
 from dmi_hpc.train import Job, fit

@@ -12,7 +12,7 @@ from dmi_hpc.errors import CheckpointError, FormatVersionError
 
 STATE = {
     "optimizer": {"0.weight": {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 3)}},
-    "counters": {"epoch": 1, "best_mae": float("inf")},
+    "counters": {"epoch": 1, "best_error": float("inf")},
     "ranks": [{"random": {"cpu": torch.get_rng_state()}, "loss_sum": 0.5}],
 }
 
@@ -31,7 +31,7 @@ def damage(path):
 def test_all_that_was_saved_comes_back(tmp_path):
     path = saved(tmp_path, 7, 0.25, recipe="abc", ranks=4, engine="deepspeed", zero_stage=2)
     meta = checkpoint.read_meta(path)
-    assert (meta.version, meta.step, meta.metrics) == (2, 7, {"validation_mae": 0.25})
+    assert (meta.version, meta.step, meta.metrics) == (2, 7, {"validation_error": 0.25})
     assert (meta.recipe, meta.ranks, meta.engine, meta.zero_stage) == ("abc", 4, "deepspeed", 2)
     assert meta.software["torch"] == torch.__version__
     assert {"dmi-hpc", "deepspeed"} <= set(meta.software)
@@ -140,7 +140,7 @@ def test_the_same_step_is_written_again_only_if_that_adds_something(tmp_path, be
     inode = path.stat().st_ino
     saved(tmp_path, 5, mae=0.5)
     assert (path.stat().st_ino != inode) == again
-    assert checkpoint.read_meta(path).metrics == {"validation_mae": 0.5}
+    assert checkpoint.read_meta(path).metrics == {"validation_error": 0.5}
     checkpoint.load_state(path)
 
 

@@ -12,7 +12,7 @@ from dmi_hpc.export import export
 from dmi_hpc.models.build import build
 from dmi_hpc.models.spec import Activation, Dense, NetworkSpec, Norm
 from dmi_hpc.predict import Model
-from dmi_hpc.problem import TargetScale
+from dmi_hpc.targets import TargetScale
 from dmi_hpc.tasks import make_task
 
 X = np.random.default_rng(0).normal(size=(11, 8)).astype(np.float32)
@@ -25,7 +25,7 @@ def model(seed, transform="identity"):
     network = NetworkSpec(input_shape=(8,), layers=(Dense(units=4 + seed), Norm(), Activation()))
     task = make_task({"name": "toy_task:Toy"})
     scale = TargetScale(transform=transform, mean=2.0, std=3.0)
-    metrics = {"validation_mae": 0.1 * seed}
+    metrics = {"validation_error": 0.1 * seed}
     return Model(task, scale, build(network).eval(), 4, network, f"step-{seed}", "abc", metrics)
 
 

@@ -24,7 +24,7 @@ from dmi_hpc.models.spec import (
     Readout,
 )
 from dmi_hpc.predict import Model
-from dmi_hpc.problem import TargetScale
+from dmi_hpc.targets import TargetScale
 from dmi_hpc.tasks import make_task
 
 LOG = TargetScale(transform="log", mean=1.5, std=0.5)

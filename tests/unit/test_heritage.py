@@ -45,7 +45,7 @@ def parent(job, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parent")
     result = fitted(replace(changed(job, epochs=40), checkpoints=folder))
     path, _ = checkpoint.best(folder, pytest.fail)
-    return Trained(job.network, checkpoint.read_weights(path), 40.0, result.best_mae)
+    return Trained(job.network, checkpoint.read_weights(path), 40.0, result.best_error)
 
 
 def test_of_an_equal_network_all_is_taken(job, parent):
@@ -58,8 +58,8 @@ def test_the_training_begins_with_them(job, parent, tmp_path):
     found = heritage(job, [(7, parent)], 9)
     unmoved = changed(job, epochs=1, learning_rate=1e-12)
     begun = fitted(beginning_with(unmoved, found.weights, tmp_path))
-    assert begun.best_mae == pytest.approx(parent.error, rel=1e-4)
-    assert fitted(unmoved).best_mae > 1.5 * parent.error
+    assert begun.best_error == pytest.approx(parent.error, rel=1e-4)
+    assert fitted(unmoved).best_error > 1.5 * parent.error
 
 
 def test_weights_that_err_like_a_new_network_are_left(job, parent):

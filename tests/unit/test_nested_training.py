@@ -46,7 +46,7 @@ class Watch:
         self.steps += 1
 
     def on_epoch(self, epoch):
-        self.curve.append((epoch.train_loss, epoch.validation_mae))
+        self.curve.append((epoch.train_loss, epoch.validation_error))
 
     def on_event(self, event, values):
         pass

@@ -139,7 +139,7 @@ def test_the_noise_scale_of_a_linear_problem_is_found():
 def test_a_training_tells_it_and_is_the_same_training(data, tmp_path):
     told, measured = trained(data, accumulation=3)
     plain, unmeasured = trained(data, accumulation=3, noise_scale=False)
-    assert [e.validation_mae for e in told.history] == [e.validation_mae for e in plain.history]
+    assert [e.validation_error for e in told.history] == [e.validation_error for e in plain.history]
     assert measured[-1].noise.value() > 0
     assert measured[-1].noise.samples == 20
     assert unmeasured[-1].noise is None

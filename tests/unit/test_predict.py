@@ -25,9 +25,9 @@ from dmi_hpc.models.build import build
 from dmi_hpc.models.cost import BYTES, cost
 from dmi_hpc.models.spec import Activation, Dense, NetworkSpec, Norm
 from dmi_hpc.predict import BATCH_BYTES, batch_size_of, predict_inputs
-from dmi_hpc.problem import TargetScale
 from dmi_hpc.run import open_run
 from dmi_hpc.table import Column, table_file
+from dmi_hpc.targets import TargetScale
 from dmi_hpc.tasks import make_task
 from dmi_hpc.tasks.base import BuildContext
 
@@ -47,7 +47,7 @@ def save_checkpoint(folder, seed, mae, step=1):
         scale=SCALE,
         task=make_task({"name": "toy_task:Toy"}).recipe_options(),
         data="0123456789abcdef",
-        metrics={"validation_mae": mae},
+        metrics={"validation_error": mae},
     )
     checkpoint.save(folder, meta, network.state_dict(), {})
     return network
@@ -87,7 +87,7 @@ def test_a_run_a_checkpoint_and_an_export_predict_the_same(trained, tmp_path):
     ):
         other = load(path)
         np.testing.assert_array_equal(other.predict({"x": X}), model.predict({"x": X}))
-        assert other.metrics == {"validation_mae": 0.5}
+        assert other.metrics == {"validation_error": 0.5}
         assert not other.module.training
 
 
@@ -278,4 +278,4 @@ def test_numbers_of_csv_are_whole_unless_digits_are_asked_for(tmp_path):
 
 
 def test_the_metrics_of_a_model_are_plain_data(trained):
-    assert json.loads(json.dumps(dict(load(trained[0]).metrics))) == {"validation_mae": 0.5}
+    assert json.loads(json.dumps(dict(load(trained[0]).metrics))) == {"validation_error": 0.5}

@@ -6,6 +6,7 @@ from runner import toy_data
 from search_runs import searched_run
 
 from dmi_hpc.errors import RunError
+from dmi_hpc.scores import NUMBERS
 from search.evolution.evolve import Success
 from search.records.history import Evaluation
 from search.results.result import Predictions, front_of, members_of, selected
@@ -56,7 +57,7 @@ def test_front_of_error_and_costs():
 def test_members_that_make_the_ensemble_worse_are_left_out():
     truth = np.linspace(0, 1, 50)
     errors = np.array([0.1, -0.1, 0.0, 5.0])[:, None] + np.zeros(50)
-    assert sorted(selected(Predictions(truth + errors, truth))) == [0, 1, 2]
+    assert sorted(selected(Predictions(truth + errors, truth, NUMBERS))) == [0, 1, 2]
     truth = np.linspace(0, 1, 2000)
     errors = np.random.default_rng(0).normal(size=(4, 2000))
-    assert set(selected(Predictions(truth + errors, truth))) == {0, 1, 2, 3}
+    assert set(selected(Predictions(truth + errors, truth, NUMBERS))) == {0, 1, 2, 3}

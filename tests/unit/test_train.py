@@ -16,11 +16,12 @@ from dmi_hpc.data.build import Alone
 from dmi_hpc.data.loader import random_bits
 from dmi_hpc.engine import TorchEngine
 from dmi_hpc.errors import CheckpointError, DataError, Interrupted, RunError, TrialFailure
-from dmi_hpc.evaluate import score
 from dmi_hpc.models.build import build
 from dmi_hpc.models.spec import Activation, Dense, Dropout, NetworkSpec, Norm
-from dmi_hpc.problem import Problem, TargetScale
+from dmi_hpc.problem import Problem
 from dmi_hpc.schedule import learning_rate
+from dmi_hpc.scores import score
+from dmi_hpc.targets import TargetScale
 from dmi_hpc.tasks import make_task
 from dmi_hpc.tasks.base import BuildContext
 from dmi_hpc.train import Job, _Training, fit
@@ -69,7 +70,7 @@ def job_of(data, folder=None, config=CONFIG, fault="none", network=NETWORK):
 
 
 def final(epochs):
-    return [(e.train_loss, e.validation_mae) for e in epochs]
+    return [(e.train_loss, e.validation_error) for e in epochs]
 
 
 def weights_digest(folder):
@@ -82,7 +83,11 @@ def test_training_learns_and_same_seed_gives_the_same_weights(data, tmp_path):
         fit(job_of(data, tmp_path / name, config), Watch(), resume=False, warn=print)
         for name in "ab"
     ]
-    assert results[0].best_mae == results[1].best_mae < 0.6 * results[0].history[0].validation_mae
+    assert (
+        results[0].best_error
+        == results[1].best_error
+        < 0.6 * results[0].history[0].validation_error
+    )
     assert weights_digest(tmp_path / "a") == weights_digest(tmp_path / "b")
 
 
@@ -109,7 +114,7 @@ def test_a_training_that_saves_when_asked_continues_exactly_too(data, tmp_path, 
     assert len(checkpoint.all_in(tmp_path / "cut")) == 1
     result = fit(jobs[1], second, resume=True, warn=print)
     assert final(first.epochs) + final(second.epochs) == final(whole.epochs)
-    assert (result.best_mae, result.best_epoch) == (alone.best_mae, alone.best_epoch)
+    assert (result.best_error, result.best_epoch) == (alone.best_error, alone.best_epoch)
 
 
 def test_a_torn_checkpoint_is_passed_over(data, tmp_path):
@@ -131,7 +136,7 @@ def test_old_checkpoints_go_but_the_best_stays(data, tmp_path):
     result = fit(job_of(data, tmp_path, config), Watch(), resume=False, warn=print)
     kept = checkpoint.all_in(tmp_path)
     best, meta = checkpoint.best(tmp_path, print)
-    assert meta.metrics["validation_mae"] == result.best_mae
+    assert meta.metrics["validation_error"] == result.best_error
     assert len(kept) <= config.keep_checkpoints + 1
     assert best in kept
 
@@ -155,7 +160,7 @@ def test_a_last_batch_of_one_row_leaves_batch_statistics_alone(data, tmp_path):
     rows = len(problem_of(data).train_rows)
     config = CONFIG.model_copy(update={"batch_size": rows - 1, "epochs": 2})
     result = fit(job_of(data, tmp_path, config=config), Watch(), resume=False, warn=print)
-    assert math.isfinite(result.best_mae)
+    assert math.isfinite(result.best_error)
     weights = load_file(checkpoint.all_in(tmp_path)[-1] / checkpoint.WEIGHTS)
     counts = [int(v) for name, v in weights.items() if name.endswith("num_batches_tracked")]
     assert (result.steps, counts) == (4, [2])
@@ -181,7 +186,7 @@ def test_a_stop_in_the_last_steps_of_an_epoch_comes_after_its_validation(data, t
     with pytest.raises(Interrupted, match=f"at epoch 1, step {steps}"):
         fit(job_of(data, tmp_path), watch, resume=False, warn=print)
     assert [epoch.epoch for epoch in watch.epochs] == [0]
-    assert "validation_mae" in checkpoint.read_meta(checkpoint.all_in(tmp_path)[-1]).metrics
+    assert "validation_error" in checkpoint.read_meta(checkpoint.all_in(tmp_path)[-1]).metrics
 
 
 @pytest.mark.parametrize(
@@ -220,7 +225,7 @@ def test_a_damaged_best_checkpoint_is_passed_over(data, tmp_path):
     told = []
     second, meta = checkpoint.best(tmp_path, told.append)
     assert second != first
-    assert "validation_mae" in meta.metrics
+    assert "validation_error" in meta.metrics
     assert len(told) == 1
     assert "next best" in told[0]
 
@@ -242,13 +247,13 @@ def test_a_whole_checkpoint_is_not_written_again_but_a_damaged_one_is(data, tmp_
 def test_every_optimizer_and_loss_learns(data, optimizer, loss):
     config = CONFIG.model_copy(update={"optimizer": optimizer, "loss": loss, "epochs": 8})
     result = fit(job_of(data, config=config), Watch(), resume=False, warn=print)
-    assert result.best_mae < result.history[0].validation_mae
+    assert result.best_error < result.history[0].validation_error
 
 
 def test_bfloat16_autocast_trains(data):
     config = CONFIG.model_copy(update={"precision": "bf16", "epochs": 8})
     result = fit(job_of(data, config=config), Watch(), resume=False, warn=print)
-    assert result.best_mae < result.history[0].validation_mae
+    assert result.best_error < result.history[0].validation_error
 
 
 @pytest.mark.parametrize("transform", ["identity", "log"])

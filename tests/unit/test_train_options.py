@@ -62,7 +62,7 @@ def trained(*arguments, watch=None, resume=False, **options):
 
 
 def curve(watch):
-    return [(epoch.train_loss, epoch.validation_mae) for epoch in watch.epochs]
+    return [(epoch.train_loss, epoch.validation_error) for epoch in watch.epochs]
 
 
 def digest(folder):
@@ -117,7 +117,7 @@ def test_the_running_mean_is_what_is_judged_and_saved(data, tmp_path):
     kept = checkpoint.load_state(checkpoint.all_in(tmp_path / "mean")[-1])["weights"]
     assert not torch.equal(own["0.weight"], mean["0.weight"])
     assert all(torch.equal(kept[name], own[name]) for name in own)
-    assert result.best_mae < math.inf
+    assert result.best_error < math.inf
 
 
 def last_of_an_epoch(data):
@@ -139,7 +139,7 @@ def test_steps_that_are_not_finite_can_be_left_out(data, tmp_path):
     _, watch = trained(data, tmp_path, faults={rest: "nan"}, not_finite="skip")
     assert [step.skipped for step in watch.steps] == [k == steps - 1 for k in range(steps)] * 5
     assert all(math.isfinite(epoch.train_loss) for epoch in watch.epochs)
-    assert watch.epochs[-1].validation_mae < watch.epochs[0].validation_mae
+    assert watch.epochs[-1].validation_error < watch.epochs[0].validation_error
     state = checkpoint.load_state(checkpoint.all_in(tmp_path)[-1])
     assert state["counters"]["skipped"] == 5
 

@@ -12,7 +12,7 @@ from dmi_hpc.export import export
 from dmi_hpc.models.build import build
 from dmi_hpc.models.spec import Activation, Conv, Dense, Dropout, NetworkSpec, Norm, Readout
 from dmi_hpc.predict import Model
-from dmi_hpc.problem import TargetScale
+from dmi_hpc.targets import TargetScale
 from dmi_hpc.tasks import make_task
 from dmi_hpc.transfer import freeze, layer_scales, read_source, start_from, train_mode
 
@@ -41,7 +41,7 @@ def saved(folder, chosen, seed=0, step=1, mae=0.1, scale=OLD):
         network=chosen,
         scale=scale,
         task={"name": "toy_task:Toy"},
-        metrics={"validation_mae": mae},
+        metrics={"validation_error": mae},
     )
     state = {"counters": {}, "optimizer": {}, "order": {}, "ranks": []}
     checkpoint.save(folder, meta, module.state_dict(), state)

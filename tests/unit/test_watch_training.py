@@ -64,7 +64,7 @@ def a_watch(folder: Path, epochs: int = 4, rank: int = 0) -> TrainingWatch:
         world=World(rank, 2),
         device=torch.device("cpu"),
         network=NetworkSpec(input_shape=(4,), layers=(Dense(units=3),)),
-        problem=SimpleNamespace(task=SimpleNamespace(quantity=SimpleNamespace(unit="GPa"))),
+        problem=SimpleNamespace(task=SimpleNamespace(measure=("MAE", "GPa"))),
     )
     return TrainingWatch(job, folder, Deadline(StopFlag(), None))
 
@@ -76,7 +76,7 @@ def a_step(step: int, epoch: int = 0, steps_per_epoch: int = 10, **changes: obje
 
 def an_epoch(epoch: int, mae: float = 0.25) -> Epoch:
     zeros = {field.name: 0.0 for field in dataclasses.fields(Epoch)}
-    told = {"epoch": epoch, "step": 10 * (epoch + 1), "validation_mae": mae, "train_loss": 0.125}
+    told = {"epoch": epoch, "step": 10 * (epoch + 1), "validation_error": mae, "train_loss": 0.125}
     return Epoch(**{**zeros, "samples_per_s": 320.0, "data_wait": 0.1, **told})
 
 
@@ -244,7 +244,7 @@ def test_the_report_reads_epochs_past_other_kinds_and_a_torn_line(tmp_path):
         told.on_epoch(an_epoch(0))
     training = read_run(tmp_path).training
     assert training is not None
-    assert [epoch.validation_mae for epoch in training.epochs] == [0.25]
+    assert [epoch.validation_error for epoch in training.epochs] == [0.25]
 
 
 def test_a_record_that_cannot_be_written_ends_a_training_only_at_the_epoch(tmp_path, capsys):
@@ -273,7 +273,7 @@ def test_tensorboard_shows_steps_and_epochs(tmp_path):
     }
     assert shown["step/loss"] == (1, 0.5)
     assert shown["step/gradient_norm"] == (1, 2.0)
-    assert shown["validation_mae"] == (10, 0.25)
+    assert shown["validation_error"] == (10, 0.25)
     assert shown["data_wait"] == (10, pytest.approx(0.1))
 
 
