@@ -146,7 +146,7 @@ def _train(run: Path, recipe: Mapping[str, Any]) -> str:
     count = (epochs[-1]["epoch"] + 1) if epochs else 0
     parts = [f"epoch {count} of {total}" if total else counted(count, "epoch")]
     if epochs and isinstance(epochs[-1].get("validation_error"), float):
-        parts.append(f"validation MAE {number(epochs[-1]['validation_error'], 4)}")
+        parts.append(f"validation error {number(epochs[-1]['validation_error'], 4)}")
     if status.get("state") not in (None, "running"):
         parts.append(
             f"{status['state']}" + (f" ({status['reason']})" if status.get("reason") else "")

@@ -131,17 +131,18 @@ def _search(run: Run, task: Task, space: SearchSpace, start: Start, stop: StopFl
     for warning in driver.warnings:
         console().print(f"warning: {warning}", markup=False)
     if not driver.done:
-        _run_session(run, driver, task.quantity.unit, stop)
+        _run_session(run, driver, task.measure[1], stop)
     path = driver.write_winner()
     best = driver.halving.best()
     assert best is not None  # write_winner has refused otherwise
-    progress = driver.progress
+    progress, measure = driver.progress, task.measure[0]
+    unit = f" {task.measure[1]}" if task.measure[1] else ""
     failed = sum(progress.failures.values())
     elsewhere = f", {progress.elsewhere} on other islands" if progress.elsewhere else ""
     asked = "stopped as asked: " if driver.stopped else ""
     say(
-        f"{asked}{progress.finished} evaluations ({failed} failed){elsewhere}: best validation MAE "
-        f"{best[1]:.4g} {task.quantity.unit} by network {driver.name_of(best[0])}, in {path}"
+        f"{asked}{progress.finished} evaluations ({failed} failed){elsewhere}: best validation "
+        f"{measure} {best[1]:.4g}{unit} by network {driver.name_of(best[0])}, in {path}"
     )
 
 

@@ -215,7 +215,7 @@ def export(
     with writing(out.parent):
         write_text(out, text)
     say(
-        f"{out}: network {found.name}, validation MAE {found.fitness:.4g}. Train it: dmi train {out}"
+        f"{out}: network {found.name}, validation error {found.fitness:.4g}. Train it: dmi train {out}"
     )
 
 

@@ -56,12 +56,26 @@ def evaluate(
 
 
 def _show(result: dict[str, Any]) -> None:
-    say(f"{result['split']} split, {result['rows']} rows, {result['quantity']} ({result['unit']})")
-    for method in result["methods"]:
-        percent, r2 = method["mae_percent"], method["r2"]
-        share = "" if percent is None else f"  ({percent:6.2f} %)"
-        fit = "" if r2 is None else f"  R2 {r2:.4f}"
-        say(
-            f"  {method['label']:<44} MAE {method['mae']:8.4f}{share}"
-            f"  RMSE {method['rmse']:8.4f}{fit}"
-        )
+    for part in (result, *result.get("others", ())):
+        unit = f" ({part['unit']})" if part["unit"] else ""
+        say(f"{result['split']} split, {part['rows']:,} rows, {part['quantity']}{unit}")
+        for method in part["methods"]:
+            say(f"  {method['label']:<44} {_scores(method, part.get('transform', 'identity'))}")
+
+
+def _scores(method: dict[str, Any], transform: str) -> str:
+    """What fits the kind of target, in one line."""
+    if transform == "category":
+        return f"accuracy {method['accuracy']:.4f}"
+    if transform == "logit":
+        auc = "     -" if method.get("auc") is None else f"{method['auc']:.4f}"
+        return f"AUC {auc}  MAE of the probability {method['mae']:.4f}"
+    text = f"MAE {method['mae']:8.4f}"
+    if method["mae_percent"] is not None:
+        text += f"  ({method['mae_percent']:6.2f} %)"
+    text += f"  RMSE {method['rmse']:8.4f}"
+    if method["r2"] is not None:
+        text += f"  R2 {method['r2']:.4f}"
+    if method.get("force_mae") is not None:
+        text += f"  forces MAE {method['force_mae']:.4f} RMSE {method['force_rmse']:.4f} eV/A"
+    return text

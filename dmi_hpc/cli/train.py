@@ -244,7 +244,8 @@ def _finish(job: Job, run: Run, result: Result) -> None:
         "device": str(job.device),
         "reading": reading_of(job.problem),
         "engine": job.config.engine,
-        "unit": job.problem.task.quantity.unit,
+        "measure": job.problem.task.measure[0],
+        "unit": job.problem.task.measure[1],
         "best_checkpoint": best.name,
         "weights_xxh3": meta.files[checkpoint.WEIGHTS],
         "train": job.config.model_dump(mode="json"),
@@ -256,9 +257,10 @@ def _finish(job: Job, run: Run, result: Result) -> None:
 
 
 def _closing_line(status: dict[str, Any]) -> str:
+    unit = f" {status['unit']}" if status["unit"] else ""
     return (
         f"trained {status['parameters']:,} parameters for {status['epochs']} epochs "
-        f"({status['reason']}) on {status['ranks']} ranks: best validation MAE "
-        f"{status['best_error']:.4g} {status['unit']} after epoch {status['best_epoch'] + 1}; "
+        f"({status['reason']}) on {status['ranks']} ranks: best validation {status['measure']} "
+        f"{status['best_error']:.4g}{unit} after epoch {status['best_epoch'] + 1}; "
         f"weights {status['weights_xxh3']}"
     )

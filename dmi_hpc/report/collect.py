@@ -176,7 +176,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Method:
-    """Errors of one method, in the evaluation's unit; `mae_percent` of the mean of the truth."""
+    """Scores of one method, in the evaluation's unit, as `dmi_hpc.scores.Scores` has them."""
 
     name: str
     label: str
@@ -184,6 +184,10 @@ class Method:
     rmse: float | None = None
     r2: float | None = None
     mae_percent: float | None = None
+    auc: float | None = None
+    accuracy: float | None = None
+    force_mae: float | None = None
+    force_rmse: float | None = None
     seconds: float | None = None
 
 
@@ -192,19 +196,26 @@ class Published:
     """A figure from the literature; nothing here has run it."""
 
     label: str
-    mae: float
+    mae: float | None = None
     mae_percent: float | None = None
     source: str = ""
+    rmse: float | None = None
+    r2: float | None = None
+    auc: float | None = None
+    accuracy: float | None = None
+    force_mae: float | None = None
+    force_rmse: float | None = None
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    split: str
+class Evaluated:
+    """One quantity of an evaluation; transform: what kind it is, see `dmi_hpc.tasks.base.Transform`."""
+
     rows: int
     quantity: str
     unit: str
     methods: tuple[Method, ...]
-    published: tuple[Published, ...] = ()
+    transform: str = "identity"
 
     @property
     def network(self) -> Method:
@@ -213,6 +224,19 @@ class Evaluation:
     @property
     def baselines(self) -> tuple[Method, ...]:
         return tuple(method for method in self.methods if method.name != "network")
+
+    @property
+    def of_classes(self) -> bool:
+        return self.transform in ("logit", "category")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Evaluated):
+    """others: what else the same network predicts."""
+
+    split: str
+    published: tuple[Published, ...] = ()
+    others: tuple[Evaluated, ...] = ()
 
 
 @dataclass(frozen=True)

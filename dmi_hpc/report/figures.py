@@ -81,10 +81,10 @@ def error_histogram(
 
 
 def learning_curves(epochs: Sequence[Epoch], best_epoch: int | None, unit: str) -> str:
-    """Loss, validation MAE and learning rate after each epoch, one panel for each that is known."""
+    """Loss, validation error and learning rate after each epoch, one panel for each that is known."""
     panels = [
         ("loss", {"train_loss": "training", "validation_loss": "validation"}, 2.4),
-        (f"validation MAE{f' / {plain(unit)}' if unit else ''}", {"validation_error": ""}, 2.4),
+        (f"validation error{f' / {plain(unit)}' if unit else ''}", {"validation_error": ""}, 2.4),
         ("learning rate", {"learning_rate": ""}, 1.0),
     ]
     curves = {

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from dmi_hpc.models.cost import cost
 from dmi_hpc.models.spec import NetworkSpec
 from dmi_hpc.report import charts, diagrams, figures
-from dmi_hpc.report.collect import Evaluation, Method, Predictions, Run
+from dmi_hpc.report.collect import Evaluated, Evaluation, Method, Predictions, Run
 from dmi_hpc.report.formatting import MISSING, compact, duration, number
 from dmi_hpc.report.launching_section import launching_context
 from dmi_hpc.report.search_section import search_context
@@ -67,6 +67,7 @@ def render(run: Run) -> str:
             (picture.caption, base64.b64encode(picture.png).decode()) for picture in run.gallery
         ],
     }
+    environment.globals["score_columns"] = score_columns
     return environment.from_string(template).render(context)
 
 
@@ -94,7 +95,7 @@ def headline(run: Run) -> str:
         )
     if run.training is not None and run.training.epochs:
         known = [e.validation_error for e in run.training.epochs if e.validation_error is not None]
-        best = f", best validation MAE {number(min(known))}" if known else ""
+        best = f", best validation error {number(min(known))}" if known else ""
         return f"Trained for {len(run.training.epochs)} epochs{best}; not evaluated yet."
     if run.search is not None and run.search.best is not None:
         best_trial = run.search.best
@@ -115,12 +116,14 @@ def headline(run: Run) -> str:
 def _evaluation_headline(evaluation: Evaluation, *, evolved: bool) -> str:
     network, unit = evaluation.network, evaluation.unit
     rows = "unseen test" if evaluation.split == "test" else evaluation.split
-    percent = f" ({number(network.mae_percent)}{_NBSP}%)" if network.mae_percent is not None else ""
-    text = (
+    subject = (
         f"The {'evolved ' if evolved else ''}network predicts {evaluation.quantity} of "
-        f"{evaluation.rows:,} {rows} rows with a mean absolute error of "
-        f"{number(network.mae)}{_NBSP}{unit}{percent}"
+        f"{evaluation.rows:,} {rows} rows with "
     )
+    if evaluation.of_classes:
+        return subject + _class_headline(evaluation)
+    percent = f" ({number(network.mae_percent)}{_NBSP}%)" if network.mae_percent is not None else ""
+    text = subject + f"a mean absolute error of {number(network.mae)}{_NBSP}{unit}{percent}"
     if not evaluation.baselines:
         return text + "."
     best = min(evaluation.baselines, key=lambda method: method.mae)
@@ -129,6 +132,43 @@ def _evaluation_headline(evaluation: Evaluation, *, evolved: bool) -> str:
     if best is not first:
         text += f", and {_ratio(network, best, unit, 'the best baseline, ')}"
     return text + "."
+
+
+def _class_headline(evaluation: Evaluation) -> str:
+    if evaluation.transform == "category":
+        what, name = "accuracy", "an accuracy"
+    else:
+        what, name = "auc", "an area under the ROC curve"
+    known = [(getattr(m, what), m) for m in evaluation.baselines if getattr(m, what) is not None]
+    ours = getattr(evaluation.network, what)
+    text = f"{name} of {number(ours)}" if ours is not None else "rows of one class alone"
+    if known:
+        value, best = max(known, key=lambda pair: pair[0])
+        text += f"; the best baseline, {best.label}: {number(value)}"
+    return text + "."
+
+
+# title, attribute of a method, digits or None for the usual ones; {unit} stands for " / unit"
+_SCORES = (
+    ("AUC", "auc", 4),
+    ("accuracy", "accuracy", 4),
+    ("MAE{unit}", "mae", None),
+    ("MAE / %", "mae_percent", None),
+    ("RMSE{unit}", "rmse", None),
+    ("R²", "r2", 4),
+    ("forces MAE / (eV/Å)", "force_mae", None),
+    ("forces RMSE / (eV/Å)", "force_rmse", None),
+)
+
+
+def score_columns(evaluated: Evaluated) -> list[tuple[str, str, int | None]]:
+    """What a table of its methods shows: the scores that at least one of them has."""
+    unit = f" / {evaluated.unit}" if evaluated.unit else ""
+    return [
+        (title.format(unit=unit), name, digits)
+        for title, name, digits in _SCORES
+        if any(getattr(method, name) is not None for method in evaluated.methods)
+    ]
 
 
 def _ratio(network: Method, other: Method, unit: str, prefix: str = "") -> str:
@@ -144,9 +184,15 @@ def _tiles(run: Run) -> list[Tile]:
     tiles = []
     if run.evaluation is not None:
         network, split = run.evaluation.network, run.evaluation.split
-        tiles.append(Tile(f"{number(network.mae)} {run.evaluation.unit}", f"MAE, {split} split"))
-        if network.r2 is not None:
-            tiles.append(Tile(number(network.r2, 4), f"R², {split} split"))
+        if network.auc is not None:
+            tiles.append(Tile(number(network.auc, 4), f"AUC, {split} split"))
+        elif network.accuracy is not None:
+            tiles.append(Tile(number(network.accuracy, 4), f"accuracy, {split} split"))
+        else:
+            error = f"{number(network.mae)} {run.evaluation.unit}"
+            tiles.append(Tile(error, f"MAE, {split} split"))
+            if network.r2 is not None:
+                tiles.append(Tile(number(network.r2, 4), f"R², {split} split"))
     if run.data is not None:
         tiles.append(Tile(f"{run.data.rows:,}", "rows of data"))
     if run.search is not None:
@@ -173,7 +219,7 @@ def _evolved(run: Run) -> bool:
 def _result(run: Run) -> dict[str, Any]:
     """Parity plot, error histogram and the worst rows: what the predictions show."""
     evaluation, predictions = run.evaluation, run.predictions
-    if evaluation is None or predictions is None or not predictions.truth:
+    if evaluation is None or predictions is None or not predictions.truth or evaluation.of_classes:
         return {"parity": None}
     baselines = [method for method in evaluation.baselines if method.name in predictions.methods]
     best = min(baselines, key=lambda method: method.mae, default=None)

@@ -48,9 +48,14 @@ class Published:
     """A figure of the literature, shown beside ours and never mixed with it."""
 
     label: str
-    mae: float
+    mae: float | None
     mae_percent: float | None
     source: str
+    rmse: float | None = None
+    r2: float | None = None
+    auc: float | None = None
+    accuracy: float | None = None
+    force_mae: float | None = None
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,12 @@ OUT_OF_MEMORY = (
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """What one evaluation brought: its fitness (validation MAE) or failure, time, and measures."""
+    """What one evaluation brought: its fitness (validation error) or failure, time, and measures."""
 
     told: Outcome
     seconds: float
     metrics: Mapping[str, float]
-    # validation MAE after each epoch so far, where it is extrapolated
+    # validation error after each epoch so far, where it is extrapolated
     curve: tuple[float, ...] = ()
 
 

@@ -301,7 +301,7 @@ def test_the_exported_recipe_trains_the_winner(run, tmp_path, capsys):
     evaluate(search, 5)
     evaluate(search, 1, Success(0.5))
     told = said(capsys, "export", run, "--out", tmp_path / "winner.toml")
-    assert "network 5, validation MAE 0.5" in told
+    assert "network 5, validation error 0.5" in told
     recipe = load_recipe(tmp_path / "winner.toml")
     winner = json.loads(search.write_winner().read_text())
     published = make_task(recipe.task).published_network()
