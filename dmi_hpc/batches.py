@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 
@@ -13,10 +14,13 @@ from dmi_hpc.data.access import order_of
 from dmi_hpc.data.loader import Batch, Loader
 from dmi_hpc.job import Job
 from dmi_hpc.models.graphs import tensors_of
+from dmi_hpc.problem import Problem
 
 # (rows of the global batch, rows of this rank's share that are no padding), and inputs, targets and
 # weights of the share
 Prepared = tuple[tuple[int, int], dict[str, torch.Tensor]]
+
+_ROWS_AT_ONCE, _MOST_ROWS = 2**13, 2**20  # of statistics
 
 
 def make_loader(job: Job) -> Loader[Prepared]:
@@ -60,6 +64,16 @@ def _prepare(job: Job, batch: Batch) -> Prepared:
     return (batch.stop - batch.start, real), tensors_of(inputs) | {
         name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()
     }
+
+
+def training_inputs(problem: Problem) -> Iterator[torch.Tensor]:
+    """Inputs of the training rows, (n, F) at once; of very many, every so many-th row."""
+    rows = problem.train_rows[:: -(-len(problem.train_rows) // _MOST_ROWS)]
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        some = np.asarray(rows[start : start + _ROWS_AT_ONCE])
+        made = problem.task.network_inputs(problem.shards.fields(problem.task.input_fields, some))
+        assert isinstance(made, np.ndarray), "only vectors are standardized"
+        yield torch.from_numpy(made)
 
 
 def micro_batches(share: int, real: int, accumulation: int) -> list[slice]:

@@ -19,7 +19,7 @@ from torch import nn
 from dmi_hpc import checkpoint, collectives
 from dmi_hpc.agreement import Agreement, Decision
 from dmi_hpc.average import Average
-from dmi_hpc.batches import make_loader, micro_batch_sizes, micro_batches
+from dmi_hpc.batches import make_loader, micro_batch_sizes, micro_batches, training_inputs
 from dmi_hpc.data.device import to_device
 from dmi_hpc.engine import Engine, make_engine, statistics_untouched
 from dmi_hpc.errors import Interrupted, RecipeError, TrialFailure, counted, together
@@ -31,6 +31,7 @@ from dmi_hpc.meters import NoiseScale, Step
 from dmi_hpc.models.build import build
 from dmi_hpc.models.cost import cost
 from dmi_hpc.models.graphs import inputs_of
+from dmi_hpc.models.vectors import set_standardization
 from dmi_hpc.saving import Saver, restore
 from dmi_hpc.schedule import drops_after, learning_rate
 from dmi_hpc.transfer import freeze, start_from, train_mode
@@ -68,6 +69,11 @@ def _network(job: Job, warn: Callable[[str], None], *, fresh: bool) -> tuple[nn.
     config, notes = job.config, list[str]()
     torch.manual_seed(job.seed)  # the same weights on every rank
     module = build(job.network).to(job.device)
+    if job.network.standardize and fresh:
+        with together(collectives.gather_objects):
+            if job.world.is_first:
+                set_standardization(module, training_inputs(job.problem))
+        collectives.from_first_(module.buffers())
     with together(collectives.gather_objects):
         if config.start is not None and fresh:
             report = start_from(module, config.start, job.problem.scale, warn)

@@ -23,6 +23,7 @@ from dmi_hpc.config import StartConfig
 from dmi_hpc.errors import CheckpointError, RecipeError, counted
 from dmi_hpc.export import SPEC, load_export
 from dmi_hpc.models.build import build
+from dmi_hpc.models.vectors import Standardize
 from dmi_hpc.targets import Scale
 
 _SHOWN = 60  # names in a message
@@ -191,12 +192,13 @@ def layer_scales(module: nn.Module, decay: float) -> dict[str, float]:
 
 
 def _places(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """(layer, number within it) of each part with tensors of its own, by name."""
+    """(layer, number within it) of each part with tensors of its own, by name; but of none that only
+    standardizes."""
     places: dict[str, tuple[int, int]] = {}
     layer = number = 0
     for name, part in module.named_modules():
         own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-        if not own:
+        if not own or isinstance(part, Standardize):
             continue
         if places:
             begins = any(p.ndim > 1 for p in own)
@@ -219,7 +221,7 @@ def _names_here(
     found: dict[str, str | None] = {}
     for name in names:
         layer, _, key = name.rpartition(".")
-        new = at.get(there[layer])
+        new = at.get(there[layer]) if layer in there else layer
         found[name] = None if new is None else f"{new}.{key}"
     return found
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from dmi_hpc.models.graphs import (
+from dmi_hpc.models.graph_layers import (
+    AttentionConv,
+    AttentionReadout,
+    EdgeNetwork,
     GatedConv,
     GraphNetwork,
     GraphRow,
@@ -17,16 +21,26 @@ from dmi_hpc.models.graphs import (
     NodeReadout,
     NodeSkip,
     PlainConv,
+    Set2Set,
+)
+from dmi_hpc.models.potentials import (
+    ContinuousFilterConv,
+    ForceNetwork,
+    PotentialNetwork,
+    ShiftedSoftplus,
 )
 from dmi_hpc.models.spec import (
     Activation,
     ActivationName,
+    CFConv,
     Conv,
     Dense,
     Dropout,
+    Embedding,
     GraphConv,
     GraphReadout,
     Layer,
+    MessagePassing,
     NetworkSpec,
     NodeShape,
     Norm,
@@ -36,12 +50,15 @@ from dmi_hpc.models.spec import (
     Recurrent,
     Residual,
     Shape,
+    Take,
+    UnitLength,
     Upsample,
     projection_stride,
     shape_after,
     shapes,
     shapes_after,
 )
+from dmi_hpc.models.vectors import STANDARDIZE, EmbeddingLayer, Part, Standardize, UnitVectors
 
 _CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MAX: dict[int, Callable[..., nn.Module]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
@@ -60,6 +77,7 @@ _ACTIVATION: dict[ActivationName, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
     "softplus": nn.Softplus,
+    "shifted_softplus": ShiftedSoftplus,
 }
 GROUP_CHANNELS = 8
 
@@ -114,10 +132,11 @@ class RecurrentLayer(nn.Module):
 
 def build(spec: NetworkSpec) -> nn.Sequential:
     """Module of `spec`: (N, *input_shape) float -> (N, outputs), or (N, outputs, *extents) of a map;
-    `Graphs` of N graphs -> (N, outputs).
+    `Graphs` of N graphs -> (N, outputs), or, with forces, -> `EnergyForces`.
 
-    One child for each layer, then the head. Weights come from torch's global generator: seed it
-    first. Raises NetworkError if the layers cannot follow each other.
+    One child for each layer, then the head, named "0", "1" and so on; before them, if the spec says
+    so, "standardize". Weights come from torch's global generator: seed it first. Raises NetworkError
+    if the layers cannot follow each other.
     """
     last = (spec.enters, *shapes(spec))[-1]
     head: nn.Module
@@ -125,8 +144,15 @@ def build(spec: NetworkSpec) -> nn.Sequential:
         head = _CONV[len(last) - 1](last[0], spec.outputs, 1)
     else:
         head = nn.Linear(prod(last), spec.outputs)
-    row = _row(spec.layers, spec.enters)
-    return nn.Sequential(*row, head) if spec.graph is None else GraphNetwork(*row, head)
+    row = [*_row(spec.layers, spec.enters), head]
+    if spec.basis is not None:
+        return (ForceNetwork if spec.forces else PotentialNetwork)(row, spec.basis)
+    if spec.graph is not None:
+        return GraphNetwork(*row)
+    if not spec.standardize:
+        return nn.Sequential(*row)
+    named = {str(number): module for number, module in enumerate(row)}
+    return nn.Sequential(OrderedDict({STANDARDIZE: Standardize(*spec.input_shape)} | named))
 
 
 def _row(layers: Sequence[Layer], shape: Shape) -> nn.Sequential:
@@ -168,6 +194,12 @@ def _module(layer: Layer, shape: Shape) -> nn.Module:
             return nn.Flatten() if layer.op == "flatten" else SpatialMean()
         case Dense():
             return nn.Linear(channels, layer.units)
+        case Take():
+            return Part(layer.start, layer.stop)
+        case UnitLength():
+            return UnitVectors()
+        case Embedding():
+            return EmbeddingLayer(layer.entries, layer.units)
         case Upsample():
             # nearest: its backward pass is deterministic on GPUs too
             return nn.Upsample(layer.size, mode="nearest")
@@ -177,11 +209,11 @@ def _module(layer: Layer, shape: Shape) -> nn.Module:
                 cell(channels, layer.units, batch_first=True, bidirectional=layer.bidirectional),
                 last=layer.last,
             )
-        case GraphConv():
+        case GraphConv() | MessagePassing() | CFConv():
             assert isinstance(shape, NodeShape), shape
-            return _graph_conv(layer, channels, shape.graph.edge_features)
+            return _on_edges(layer, channels, shape.graph.edge_features)
         case GraphReadout():
-            return NodeReadout(layer.op)
+            return _graph_readout(layer, channels)
         case Residual():
             after = shape_after(layer.layers, shape)
             if isinstance(shape, NodeShape):
@@ -193,14 +225,35 @@ def _module(layer: Layer, shape: Shape) -> nn.Module:
             return kind(branches, concat=layer.merge == "concat")
 
 
-def _graph_conv(layer: GraphConv, channels: int, edge_features: int) -> nn.Module:
-    if layer.op != "gated":
-        return PlainConv(channels, edge_features, layer.channels, mean=layer.op == "mean")
-    norm: nn.Module | None = None
-    if layer.norm is not None:
-        wide = 2 * layer.channels
-        norm = NodeNorm(wide) if layer.norm == "batch" else nn.GroupNorm(groups_of(wide), wide)
-    return GatedConv(channels, edge_features, layer.channels, norm)
+def _on_edges(
+    layer: GraphConv | MessagePassing | CFConv, channels: int, edge_features: int
+) -> nn.Module:
+    match layer:
+        case MessagePassing():
+            return EdgeNetwork(edge_features, layer.units, layer.steps, layer.hidden)
+        case CFConv():
+            return ContinuousFilterConv(channels, edge_features, layer.channels, layer.filters)
+        case GraphConv(op="attention"):
+            return AttentionConv(channels, edge_features, layer.channels)
+        case GraphConv(op="gated"):
+            norm: nn.Module | None = None
+            if layer.norm is not None:
+                wide = 2 * layer.channels
+                batch = layer.norm == "batch"
+                norm = NodeNorm(wide) if batch else nn.GroupNorm(groups_of(wide), wide)
+            return GatedConv(channels, edge_features, layer.channels, norm)
+        case _:
+            return PlainConv(channels, edge_features, layer.channels, mean=layer.op == "mean")
+
+
+def _graph_readout(layer: GraphReadout, channels: int) -> nn.Module:
+    match layer.op:
+        case "attention":
+            return AttentionReadout(channels)
+        case "set2set":
+            return Set2Set(channels, layer.steps)
+        case _:
+            return NodeReadout(layer.op)
 
 
 def _projection(before: Shape, after: Shape) -> nn.Module:

@@ -9,12 +9,15 @@ from math import prod
 from dmi_hpc.errors import TrialFailure
 from dmi_hpc.models.spec import (
     Activation,
+    CFConv,
     Conv,
     Dense,
     Dropout,
+    Embedding,
     GraphConv,
     GraphReadout,
     Layer,
+    MessagePassing,
     NetworkSpec,
     NodeShape,
     Norm,
@@ -24,6 +27,8 @@ from dmi_hpc.models.spec import (
     Recurrent,
     Residual,
     Shape,
+    Take,
+    UnitLength,
     Upsample,
     shapes,
     shapes_after,
@@ -73,10 +78,11 @@ def cost(spec: NetworkSpec) -> Cost:
     afters = shapes(spec)
     weights, uses, activations = _row(spec.layers, spec.enters, afters)
     head_weights, head_uses = _head(spec, (spec.enters, *afters)[-1])
+    passes = 2 if spec.forces else 1  # forces: a backward pass to the edges, which is kept as well
     return Cost(
         weights + head_weights,
-        2 * (uses + head_uses),
-        prod(spec.input_shape) + activations,
+        2 * passes * (uses + head_uses),
+        prod(spec.input_shape) + passes * activations,
     )
 
 
@@ -103,13 +109,13 @@ def _layer(layer: Layer, before: Shape, after: Shape) -> tuple[int, int, int]:
     """(parameters, multiply-adds, activations) of one layer, with those inside it."""
     size = prod(after)
     match layer:
-        case Pool() | Upsample() | Activation() | Dropout() | Readout():
+        case Pool() | Upsample() | Activation() | Dropout() | Readout() | Take() | UnitLength():
             return 0, 0, size
-        case GraphReadout():
-            return 0, 0, size
-        case GraphConv():
+        case Embedding():
+            return layer.entries * layer.units, 0, size
+        case GraphConv() | MessagePassing() | CFConv() | GraphReadout():
             assert isinstance(before, NodeShape), before
-            return _graph_conv(layer, before)
+            return _on_graph(layer, before)
         case Conv():
             kernel = before[0] * layer.kernel ** (len(before) - 1)
             return layer.filters * (kernel + 1), kernel * size, size
@@ -144,11 +150,25 @@ def _row(
     return weights, uses, kept
 
 
+def _on_graph(
+    layer: GraphConv | MessagePassing | CFConv | GraphReadout, before: NodeShape
+) -> tuple[int, int, int]:
+    match layer:
+        case GraphConv():
+            return _graph_conv(layer, before)
+        case MessagePassing():
+            return _message_passing(layer, before)
+        case CFConv():
+            return _cfconv(layer, before)
+        case GraphReadout():
+            return _graph_readout(layer, before)
+
+
 def _graph_conv(layer: GraphConv, before: NodeShape) -> tuple[int, int, int]:
     """Nodes are multiplied once each and then gathered: edges multiply their own features alone."""
     channels, nodes = before
     edges, features = before.graph.edges, before.graph.edge_features
-    width = (2 if layer.op == "gated" else 1) * layer.channels
+    width = (2 if layer.op in ("gated", "attention") else 1) * layer.channels
     weights = width * (2 * channels + features + 1)
     uses = width * (2 * nodes * channels + edges * features)
     kept = width * (2 * nodes + 3 * edges) + layer.channels * nodes
@@ -156,7 +176,49 @@ def _graph_conv(layer: GraphConv, before: NodeShape) -> tuple[int, int, int]:
         weights, uses, kept = weights + 2 * width, uses + 2 * width * edges, kept + width * edges
     if layer.op == "gated":
         uses, kept = uses + layer.channels * edges, kept + 3 * layer.channels * edges
+    if layer.op == "attention":
+        weights += layer.channels * (layer.channels + 2)
+        uses += layer.channels * (2 * edges + layer.channels * nodes)
+        kept += layer.channels * (3 * edges + 2 * nodes)
     return weights, uses, kept
+
+
+def _message_passing(layer: MessagePassing, before: NodeShape) -> tuple[int, int, int]:
+    """Edges of a kind share their matrix."""
+    nodes, units, hidden = before[1], layer.units, layer.hidden
+    graph = before.graph
+    matrices = graph.edges if graph.kinds is None else min(graph.kinds, graph.edges)
+    made = graph.edge_features * hidden + hidden * units**2
+    weights = made + hidden + units**2 + 6 * units * (units + 1)
+    uses = matrices * made + layer.steps * units**2 * (graph.edges + 6 * nodes)
+    step = 2 * graph.edges + NUMBERS_PER_STEP * nodes
+    return weights, uses, matrices * (2 * hidden + units**2) + layer.steps * units * step
+
+
+def _cfconv(layer: CFConv, before: NodeShape) -> tuple[int, int, int]:
+    inputs, nodes = before
+    filters, channels, graph = layer.filters, layer.channels, before.graph
+    on_edges = filters * (graph.edge_features + filters)
+    on_nodes = inputs * filters + channels * (filters + channels)
+    weights = on_edges + on_nodes + 2 * filters + 2 * channels
+    uses = graph.edges * (on_edges + filters) + nodes * on_nodes
+    # of a shifted softplus: what enters, and what leaves
+    return weights, uses, 6 * filters * graph.edges + nodes * (2 * filters + 3 * channels)
+
+
+def _graph_readout(layer: GraphReadout, before: NodeShape) -> tuple[int, int, int]:
+    channels, nodes = before
+    match layer.op:
+        case "attention":
+            weights = channels * (channels + 2)
+            uses = nodes * channels * (channels + 2)
+            return weights, uses, 3 * nodes * channels + channels
+        case "set2set":
+            uses = layer.steps * channels * (12 * channels + 2 * nodes)
+            kept = layer.steps * channels * (3 * nodes + NUMBERS_PER_STEP + 2)
+            return 4 * channels * (3 * channels + 2), uses, kept
+        case _:
+            return 0, 0, channels
 
 
 def _head(spec: NetworkSpec, shape: Shape) -> tuple[int, int]:

@@ -1,23 +1,22 @@
-"""Batches of graphs of any sizes, and the modules of networks that act on them.
+"""Batches of graphs of any sizes.
 
-All nodes of a batch lie behind each other, as do all edges: nothing is padded. Modules that look
-beyond a single node receive, besides the values on the nodes, the graphs that these belong to.
+All nodes of a batch lie behind each other, as do all edges: nothing is padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from dmi_hpc.data.ragged import Array, Ragged
-from dmi_hpc.models.spec import GraphReadoutName, NetworkSpec
+from dmi_hpc.models.spec import NetworkSpec
 
 PREFIX = "inputs."  # of the names of tensors that together are the inputs of a batch
 
@@ -29,6 +28,10 @@ class Graphs:
     nodes: (N, F) float; edges: (E, K) float; ends: (E, 2) int64, node i and its neighbour j: messages
     run from j to i; node_offsets, edge_offsets: (B + 1,) int64, graph g has the nodes, and edges,
     offsets[g] up to offsets[g + 1].
+
+    weights: (N, 1) float, how often a node counts in attention and means (fractions of elements);
+    without, once. edge_weights: (E, 1) float, of the messages along the edges; without, 1. forces:
+    (N, 3) float, a training's target that rides along. Weights are not negative.
     """
 
     nodes: Tensor
@@ -36,6 +39,9 @@ class Graphs:
     ends: Tensor
     node_offsets: Tensor
     edge_offsets: Tensor
+    weights: Tensor | None = None
+    edge_weights: Tensor | None = None
+    forces: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.node_offsets) - 1
@@ -46,22 +52,31 @@ class Graphs:
         assert step == 1, part
         nodes = self.node_offsets[start : stop + 1]
         edges = self.edge_offsets[start : stop + 1]
-        first, last = int(nodes[0]), int(nodes[-1])
-        chosen = slice(int(edges[0]), int(edges[-1]))
+        of_nodes = slice(int(nodes[0]), int(nodes[-1]))
+        of_edges = slice(int(edges[0]), int(edges[-1]))
         return Graphs(
-            self.nodes[first:last],
-            self.edges[chosen],
-            self.ends[chosen] - first,
-            nodes - first,
-            edges - chosen.start,
+            self.nodes[of_nodes],
+            self.edges[of_edges],
+            self.ends[of_edges] - of_nodes.start,
+            nodes - of_nodes.start,
+            edges - of_edges.start,
+            None if self.weights is None else self.weights[of_nodes],
+            None if self.edge_weights is None else self.edge_weights[of_edges],
+            None if self.forces is None else self.forces[of_nodes],
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """By names for `inputs_of`."""
-        return {PREFIX + each.name: getattr(self, each.name) for each in fields(self)}
+        """By names for `inputs_of`: those that are there."""
+        found = {PREFIX + each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def to(self, device: torch.device) -> Graphs:
-        return Graphs(*(getattr(self, each.name).to(device) for each in fields(self)))
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return _of_tensors(moved)
+
+    @property
+    def device(self) -> torch.device:
+        return self.nodes.device
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -90,12 +105,22 @@ class EnergyForces(NamedTuple):
     energy: Tensor
     forces: Tensor
 
+    def float(self) -> EnergyForces:
+        """In float32, as of a tensor."""
+        return EnergyForces(self.energy.float(), self.forces.float())
+
 
 def inputs_of(tensors: Mapping[str, Tensor]) -> Inputs:
     """What the network takes, from the tensors of a batch."""
     if "inputs" in tensors:
         return tensors["inputs"]
-    return Graphs(**{each.name: tensors[PREFIX + each.name] for each in fields(Graphs)})
+    return _of_tensors(tensors)
+
+
+def _of_tensors(tensors: Mapping[str, Tensor]) -> Graphs:
+    """Inverse of `Graphs.tensors`; `tensors` may hold others beside."""
+    names = {PREFIX + each.name: each.name for each in fields(Graphs)}
+    return Graphs(**{names[name]: tensors[name] for name in names if name in tensors})
 
 
 def tensors_of(inputs: Array | Graphs) -> dict[str, Tensor]:
@@ -105,9 +130,17 @@ def tensors_of(inputs: Array | Graphs) -> dict[str, Tensor]:
     return {"inputs": torch.from_numpy(np.ascontiguousarray(inputs))}
 
 
-def graphs_of(nodes: Ragged, edges: Ragged, ends: Ragged) -> Graphs:
+def graphs_of(
+    nodes: Ragged,
+    edges: Ragged,
+    ends: Ragged,
+    *,
+    weights: Ragged | None = None,
+    forces: Ragged | None = None,
+) -> Graphs:
     """One graph of each row: its nodes (n_i, F) and edges (e_i, K), and (e_i, 2) node i and neighbour j
-    of each edge, numbered over all rows, as a data loader gives them. Shares no memory with its input.
+    of each edge, numbered over all rows, as a data loader gives them; weights (n_i, 1) and forces
+    (n_i, 3) of the nodes. Shares no memory with its input.
     """
     return Graphs(
         torch.tensor(nodes.values, dtype=torch.float32),
@@ -115,143 +148,35 @@ def graphs_of(nodes: Ragged, edges: Ragged, ends: Ragged) -> Graphs:
         torch.tensor(ends.values, dtype=torch.int64),
         torch.tensor(nodes.offsets),
         torch.tensor(edges.offsets),
+        weights=None if weights is None else torch.tensor(weights.values, dtype=torch.float32),
+        forces=None if forces is None else torch.tensor(forces.values, dtype=torch.float32),
     )
 
 
 def nominal_graphs(spec: NetworkSpec, rows: int, seed: int = 0) -> Graphs:
-    """Graphs of the nominal size, every node with about equally many random neighbours."""
+    """Graphs of the nominal size, every node with about equally many random neighbours.
+
+    Edges that are vectors have lengths up to the cutoff of the basis, but not near 0.
+    """
     assert spec.graph is not None
     (features, n), e = spec.input_shape, spec.graph.edges
     rng = torch.Generator().manual_seed(seed)
     first = n * torch.arange(rows).repeat_interleave(e)
     here = torch.arange(e).repeat(rows) % n
     there = torch.randint(n, (rows * e,), generator=rng)
+    nodes = torch.randn(rows * n, features, generator=rng)
+    edges = torch.randn(rows * e, spec.graph.edge_features, generator=rng)
+    if spec.graph.kinds is not None:
+        edges = edges[
+            torch.randint(min(spec.graph.kinds, len(edges)), (len(edges),), generator=rng)
+        ]
+    if spec.basis is not None:
+        share = 0.2 + 0.8 * torch.rand(rows * e, 1, generator=rng)
+        edges = spec.basis.cutoff * share * functional.normalize(edges)
     return Graphs(
-        torch.randn(rows * n, features, generator=rng),
-        torch.randn(rows * e, spec.graph.edge_features, generator=rng),
+        nodes,
+        edges,
         torch.stack([first + here, first + there], dim=1),
         n * torch.arange(rows + 1),
         e * torch.arange(rows + 1),
     )
-
-
-class _OnGraphs(nn.Module):
-    """A module whose `forward` takes values on the nodes, (N, C), and their `Graphs`."""
-
-
-class GraphRow(nn.Sequential):
-    """Modules in a row, those that need them with the graphs."""
-
-    def forward(self, values: Tensor, graphs: Graphs) -> Tensor:  # type: ignore[override]
-        for module in self:
-            values = module(values, graphs) if isinstance(module, _OnGraphs) else module(values)
-        return values
-
-
-class GraphNetwork(GraphRow):
-    """`Graphs` -> (B, outputs). One child for each layer, then the head."""
-
-    def forward(self, graphs: Graphs) -> Tensor:  # type: ignore[override]
-        # weights may be of half precision, which engines see to for plain tensors alone
-        kind = next(self.parameters()).dtype
-        return super().forward(graphs.nodes.to(kind), graphs)
-
-
-class NodeNorm(nn.BatchNorm1d):
-    """Batch normalisation over all nodes or edges of a batch; fewer than two have no variance, and
-    are normalised with what was seen so far."""
-
-    def forward(self, values: Tensor) -> Tensor:
-        if len(values) > 1 or not self.training:
-            return super().forward(values)
-        return functional.batch_norm(
-            values, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-        )
-
-
-class GatedConv(_OnGraphs):
-    """Equation 5 of Xie and Grossman 2018 up to the sum: (N, C) -> (N, channels).
-
-    norm: of the values of each edge before the gates, (E, 2 channels).
-    """
-
-    def __init__(self, inputs: int, edge: int, channels: int, norm: nn.Module | None) -> None:
-        super().__init__()
-        self.linear = nn.Linear(2 * inputs + edge, 2 * channels)
-        self.norm = nn.Identity() if norm is None else norm
-
-    def forward(self, values: Tensor, graphs: Graphs) -> Tensor:
-        own, others, edges = _split(self.linear, values, graphs)
-        here, there = graphs.ends.unbind(1)
-        gates, cores = self.norm(own[here] + others[there] + edges).chunk(2, dim=1)
-        messages = torch.sigmoid(gates) * functional.softplus(cores)
-        return messages.new_zeros(len(values), messages.shape[1]).index_add(0, here, messages)
-
-
-class PlainConv(_OnGraphs):
-    """Equation 4 of Xie and Grossman 2018 before its activation; `mean` divides by the neighbours."""
-
-    def __init__(self, inputs: int, edge: int, channels: int, *, mean: bool) -> None:
-        super().__init__()
-        self.linear = nn.Linear(2 * inputs + edge, channels)
-        self._mean = mean
-
-    def forward(self, values: Tensor, graphs: Graphs) -> Tensor:
-        own, others, edges = _split(self.linear, values, graphs)
-        here, there = graphs.ends.unbind(1)
-        messages = others[there] + edges
-        if self._mean:
-            messages = messages / graphs.neighbours.to(messages.dtype)[here]
-        return own.index_add(0, here, messages)
-
-
-def _split(linear: nn.Linear, values: Tensor, graphs: Graphs) -> tuple[Tensor, Tensor, Tensor]:
-    """`linear` of [node i, node j, edge i-j] as three summands: of nodes as i (with the bias), of nodes
-    as j, and of edges. A node is multiplied once, however many neighbours it has."""
-    width = values.shape[1]
-    own, others, edges = torch.split(linear.weight, [width, width, graphs.edges.shape[1]], dim=1)
-    return (
-        functional.linear(values, own, linear.bias),
-        functional.linear(values, others),
-        functional.linear(graphs.edges.to(values.dtype), edges),
-    )
-
-
-class NodeReadout(_OnGraphs):
-    """Mean, sum or maximum over the nodes of each graph: (N, C) -> (B, C)."""
-
-    def __init__(self, op: GraphReadoutName) -> None:
-        super().__init__()
-        self._op = op
-
-    def forward(self, values: Tensor, graphs: Graphs) -> Tensor:
-        graph = graphs.graph_of_node
-        if self._op == "max":
-            lowest = values.new_full((len(graphs), values.shape[1]), -torch.inf)
-            return lowest.scatter_reduce(0, graph[:, None].expand_as(values), values, "amax")
-        total = values.new_zeros(len(graphs), values.shape[1]).index_add(0, graph, values)
-        return total / graphs.sizes[:, None] if self._op == "mean" else total
-
-
-class NodeSkip(_OnGraphs):
-    """projection(x) + layers(x) on nodes."""
-
-    def __init__(self, layers: nn.Module, projection: nn.Module) -> None:
-        super().__init__()
-        self.layers, self.projection = layers, projection
-
-    def forward(self, values: Tensor, graphs: Graphs) -> Tensor:
-        total: Tensor = self.projection(values) + self.layers(values, graphs)
-        return total
-
-
-class NodeBranches(_OnGraphs):
-    """Branches over the values on the same nodes, concatenated along the channels or summed."""
-
-    def __init__(self, branches: Sequence[nn.Module], *, concat: bool) -> None:
-        super().__init__()
-        self.branches, self._concat = nn.ModuleList(branches), concat
-
-    def forward(self, values: Tensor, graphs: Graphs) -> Tensor:
-        ends: list[Tensor] = [branch(values, graphs) for branch in self.branches]
-        return torch.cat(ends, 1) if self._concat else sum(ends[1:], ends[0])

@@ -127,6 +127,7 @@ class NetworkSpace(Plain):
             "graph_activations",
             "graph_skips",
             "graph_readouts",
+            "standardize",
         }
     )
 
@@ -161,6 +162,7 @@ class NetworkSpace(Plain):
     graph_activations: tuple[ActivationName, ...] = ("softplus", "relu", "silu")
     graph_skips: tuple[SkipName | None, ...] = (None, "residual", "dense")
     graph_readouts: tuple[GraphReadoutName, ...] = ("mean", "sum", "max")
+    standardize: bool = False  # all networks, of vectors alone
 
 
 class Founder(Plain):

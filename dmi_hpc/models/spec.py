@@ -6,70 +6,105 @@ for a sequence, ``(F,)`` for a feature vector. A linear head to ``outputs`` unit
 The values on the nodes of a graph have the shape ``(C, nodes)``, a `NodeShape`: the layers of a vector
 act on each node then, and `GraphConv` passes messages along the edges. The number of nodes is a
 nominal one, for costs; real graphs have any number.
-
-Layers nest: `Residual` and `Parallel` hold layers of their own. An empty branch is the identity, so
-``Parallel(branches=((), layers))`` keeps its input beside what the layers make of it: the connection
-of a DenseNet and, with `Pool` first and `Upsample` last, the skip connection of a U-Net.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    TypeAdapter,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field
 
 from dmi_hpc.errors import NetworkError
+from dmi_hpc.models.layers import (
+    LAYERS,
+    Activation,
+    ActivationName,
+    CellName,
+    CFConv,
+    Conv,
+    Dense,
+    Dropout,
+    Embedding,
+    GraphConv,
+    GraphConvName,
+    GraphReadout,
+    GraphReadoutName,
+    Layer,
+    MergeName,
+    MessagePassing,
+    Norm,
+    NormName,
+    PaddingName,
+    Parallel,
+    Plain,
+    Pool,
+    PoolName,
+    Readout,
+    ReadoutName,
+    Recurrent,
+    Residual,
+    Shape,
+    Take,
+    UnitLength,
+    Upsample,
+)
 
-Shape = tuple[int, ...]
-ActivationName = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "softplus"]
-NormName = Literal["batch", "group"]
-PaddingName = Literal["zeros", "circular"]
-PoolName = Literal["max", "mean"]
-ReadoutName = Literal["flatten", "mean"]
-CellName = Literal["gru", "lstm"]
-MergeName = Literal["concat", "sum"]
-GraphConvName = Literal["gated", "sum", "mean"]
-GraphReadoutName = Literal["mean", "sum", "max"]
-
-
-class Plain(BaseModel):
-    """Frozen data without unknown keys.
-
-    added: fields of later versions. They are written only where they differ from their defaults, so
-    that files and identities of what an earlier version could say stay as they were.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    added: ClassVar[frozenset[str]] = frozenset()
-
-    @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = handler(self)
-        for name in self.added:
-            if getattr(self, name) == type(self).model_fields[name].default:
-                data.pop(name, None)
-        return data
+__all__ = [
+    "LAYERS",
+    "Activation",
+    "ActivationName",
+    "CFConv",
+    "CellName",
+    "Conv",
+    "Dense",
+    "Dropout",
+    "Embedding",
+    "GraphConv",
+    "GraphConvName",
+    "GraphInput",
+    "GraphReadout",
+    "GraphReadoutName",
+    "Layer",
+    "MergeName",
+    "MessagePassing",
+    "NetworkSpec",
+    "NodeShape",
+    "Norm",
+    "NormName",
+    "PaddingName",
+    "Parallel",
+    "Plain",
+    "Pool",
+    "PoolName",
+    "RadialBasis",
+    "Readout",
+    "ReadoutName",
+    "Recurrent",
+    "Residual",
+    "Shape",
+    "Take",
+    "UnitLength",
+    "Upsample",
+    "projection_stride",
+    "shape_after",
+    "shapes",
+    "shapes_after",
+]
 
 
 class GraphInput(Plain):
     """What the edges of the input graphs carry.
 
-    edge_features: numbers on each edge; edges: nominal number of each graph, for costs alone.
+    edge_features: numbers on each edge; edges: nominal number of each graph, and kinds: of edges with
+    different features in all graphs together, where they are few (bonds); both for costs alone.
     """
+
+    added = frozenset({"kinds"})
 
     edge_features: int = Field(ge=0)
     edges: int = Field(ge=1)
+    kinds: int | None = Field(None, ge=1)
 
 
 class NodeShape(tuple[int, ...]):
@@ -83,158 +118,17 @@ class NodeShape(tuple[int, ...]):
         return shape
 
 
-class _Layer(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class RadialBasis(Plain):
+    """What layers see of edges that are vectors, from node i to node j, in angstrom.
 
-
-class Conv(_Layer):
-    """Convolution over 1, 2 or 3 axes; "same" size, divided by `stride` (rounded up)."""
-
-    kind: Literal["conv"] = "conv"
-    filters: int = Field(ge=1)
-    kernel: Literal[1, 3, 5, 7] = 3
-    stride: int = Field(1, ge=1)
-    padding: PaddingName = "zeros"
-
-
-class Pool(_Layer):
-    """Pooling with window = stride = `size`; a remainder at the end is dropped."""
-
-    kind: Literal["pool"] = "pool"
-    op: PoolName = "max"
-    size: int = Field(2, ge=1)
-
-
-class Upsample(_Layer):
-    """A map brought to the extents `size` by repeating its nearest values."""
-
-    kind: Literal["upsample"] = "upsample"
-    size: Shape
-
-
-class Norm(_Layer):
-    """Batch normalisation, or group normalisation (at most 8 channels a group)."""
-
-    kind: Literal["norm"] = "norm"
-    op: NormName = "batch"
-
-
-class Activation(_Layer):
-    kind: Literal["activation"] = "activation"
-    function: ActivationName = "relu"
-
-
-class Dropout(_Layer):
-    """`rate` is the share of units set to zero (not the keep rate)."""
-
-    kind: Literal["dropout"] = "dropout"
-    rate: float = Field(ge=0.0, lt=1.0)
-
-
-class Readout(_Layer):
-    """From a map over space to a vector: all values, or the mean of each channel."""
-
-    kind: Literal["readout"] = "readout"
-    op: ReadoutName = "flatten"
-
-
-class Dense(_Layer):
-    kind: Literal["dense"] = "dense"
-    units: int = Field(ge=1)
-
-
-class Recurrent(_Layer):
-    """GRU or LSTM along the only axis of a sequence: (C, T) -> (C', T), or (C',) if `last`.
-
-    C' is `units`, twice that if `bidirectional`. `last` gives the final state of each direction.
+    The edge features are `count` Gaussians of the length, centred from 0 to `cutoff`, with the
+    standard deviation `width`; all angstrom. Each edge has the weight (1 + cos(pi length / cutoff)) / 2,
+    0 beyond: what it adds to a node vanishes where it comes into range.
     """
 
-    kind: Literal["recurrent"] = "recurrent"
-    cell: CellName = "gru"
-    units: int = Field(ge=1)
-    bidirectional: bool = False
-    last: bool = False
-
-
-class GraphConv(_Layer):
-    """Messages along the edges of a graph, Xie and Grossman, Phys. Rev. Lett. 120 (2018) 145301.
-
-    gated (their equation 5): sum over the neighbours j of sigmoid(a) * softplus(b), with a and b, each
-    of `channels`, linear in [node i, node j, edge i-j] and normalised, if `norm` says so, over all
-    edges of a batch (each edge, if "group"). sum, mean (their equation 4): that over the neighbours of
-    what is linear in [node j, edge i-j], plus what is linear in node i; these have no norm inside.
-    """
-
-    kind: Literal["graph_conv"] = "graph_conv"
-    op: GraphConvName = "gated"
-    channels: int = Field(ge=1)
-    norm: NormName | None = None
-
-    @model_validator(mode="after")
-    def _norm_of_gates(self) -> GraphConv:
-        if self.norm is not None and self.op != "gated":
-            raise ValueError(f"found norm '{self.norm}' inside op '{self.op}', which has none")
-        return self
-
-
-class GraphReadout(_Layer):
-    """From values on the nodes to one vector for each graph, channel by channel."""
-
-    kind: Literal["graph_readout"] = "graph_readout"
-    op: GraphReadoutName = "mean"
-
-
-class Residual(_Layer):
-    """x + layers(x), He et al. 2016; a projection of x, linear in its channels, where shapes differ.
-
-    Extents may shrink: the projection then has the least stride that leads there.
-    """
-
-    kind: Literal["residual"] = "residual"
-    layers: tuple[Layer, ...]
-
-    @field_validator("layers")
-    @classmethod
-    def _some(cls, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-        if not layers:
-            raise ValueError("found no layers, expected at least one")
-        return layers
-
-
-class Parallel(_Layer):
-    """Branches over the same input; their channels are concatenated, or their values summed."""
-
-    kind: Literal["parallel"] = "parallel"
-    branches: tuple[tuple[Layer, ...], ...]
-    merge: MergeName = "concat"
-
-    @field_validator("branches")
-    @classmethod
-    def _several(cls, branches: tuple[tuple[Layer, ...], ...]) -> tuple[tuple[Layer, ...], ...]:
-        if len(branches) < 2:
-            raise ValueError(f"found {len(branches)} branches, expected at least two")
-        return branches
-
-
-Layer = Annotated[
-    Conv
-    | Pool
-    | Upsample
-    | Norm
-    | Activation
-    | Dropout
-    | Readout
-    | Dense
-    | Recurrent
-    | GraphConv
-    | GraphReadout
-    | Residual
-    | Parallel,
-    Field(discriminator="kind"),
-]
-Residual.model_rebuild()
-Parallel.model_rebuild()
-LAYERS: TypeAdapter[tuple[Layer, ...]] = TypeAdapter(tuple[Layer, ...])
+    cutoff: float = Field(gt=0)
+    count: int = Field(ge=2)
+    width: float = Field(gt=0)
 
 
 class NetworkSpec(Plain):
@@ -242,23 +136,33 @@ class NetworkSpec(Plain):
 
     map_output: the outputs are channels of a map, one value of each per voxel of the last layer (a
     segmentation); else they are one vector. graph: the inputs are graphs, and the input shape is
-    (features of a node, nominal number of nodes).
+    (features of a node, nominal number of nodes). standardize: of vectors; the network first subtracts
+    the mean of each feature and divides by its deviation, both kept with its weights. basis: the edges
+    of the graphs are vectors (3 features), layers see them in this basis. forces: the one output is the
+    energy per node, and minus the gradient of a graph's energy by the positions of its nodes comes with
+    it.
     """
 
-    added = frozenset({"map_output", "graph"})
+    added = frozenset({"map_output", "graph", "standardize", "basis", "forces"})
 
     input_shape: Shape
     layers: tuple[Layer, ...]
     outputs: int = Field(1, ge=1)
     map_output: bool = False
     graph: GraphInput | None = None
+    standardize: bool = False
+    basis: RadialBasis | None = None
+    forces: bool = False
 
     @property
     def enters(self) -> Shape:
         """The shape that the first layer receives."""
         if self.graph is None or len(self.input_shape) != 2:
             return self.input_shape
-        return NodeShape(*self.input_shape, self.graph)
+        graph = self.graph
+        if self.basis is not None:
+            graph = GraphInput(edge_features=self.basis.count, edges=graph.edges)
+        return NodeShape(*self.input_shape, graph)
 
 
 def shapes(spec: NetworkSpec) -> tuple[Shape, ...]:
@@ -266,13 +170,7 @@ def shapes(spec: NetworkSpec) -> tuple[Shape, ...]:
 
     Raises NetworkError naming the first layer that cannot follow, or a missing readout.
     """
-    if not spec.input_shape or any(n < 1 for n in spec.input_shape):
-        raise NetworkError(f"input shape {spec.input_shape}: every extent must be at least 1")
-    if spec.graph is not None and (len(spec.input_shape) != 2 or spec.map_output):
-        raise NetworkError(
-            f"a network of graphs needs an input (features of a node, nodes) and one vector as output; "
-            f"found {spec.input_shape}, map_output = {str(spec.map_output).lower()}"
-        )
+    _require_consistent(spec)
     result = shapes_after(spec.layers, spec.enters)
     last = (spec.enters, *result)[-1]
     if isinstance(last, NodeShape):
@@ -282,6 +180,36 @@ def shapes(spec: NetworkSpec) -> tuple[Shape, ...]:
     if len(last) == 1 and spec.map_output:
         raise NetworkError(f"map_output needs a map over space at the end, found {last[0]} values")
     return result
+
+
+def _require_consistent(spec: NetworkSpec) -> None:
+    """Raise NetworkError unless the fields of `spec` fit each other."""
+    if not spec.input_shape or any(n < 1 for n in spec.input_shape):
+        raise NetworkError(f"input shape {spec.input_shape}: every extent must be at least 1")
+    if spec.graph is not None and (len(spec.input_shape) != 2 or spec.map_output):
+        raise NetworkError(
+            f"a network of graphs needs an input (features of a node, nodes) and one vector as output; "
+            f"found {spec.input_shape}, map_output = {str(spec.map_output).lower()}"
+        )
+    if spec.standardize and len(spec.input_shape) != 1:
+        raise NetworkError(f"standardize needs a vector as input, found {spec.input_shape}")
+    if spec.standardize and _embeds(spec.layers):
+        raise NetworkError("standardize would change the whole numbers that an embedding reads")
+    if spec.basis is not None and (spec.graph is None or spec.graph.edge_features != 3):
+        found = "no graphs" if spec.graph is None else f"{spec.graph.edge_features} edge features"
+        raise NetworkError(f"a radial basis needs graphs with vectors as edges, found {found}")
+    if spec.forces and (spec.basis is None or spec.outputs != 1):
+        basis = "no basis" if spec.basis is None else "a basis"
+        raise NetworkError(f"forces need a basis and 1 output, found {basis} and {spec.outputs}")
+
+
+def _embeds(layers: Sequence[Layer]) -> bool:
+    return any(
+        isinstance(layer, Embedding)
+        or (isinstance(layer, Residual) and _embeds(layer.layers))
+        or (isinstance(layer, Parallel) and any(map(_embeds, layer.branches)))
+        for layer in layers
+    )
 
 
 def shapes_after(layers: Sequence[Layer], shape: Shape) -> tuple[Shape, ...]:
@@ -315,8 +243,10 @@ def _after(layer: Layer, shape: Shape) -> Shape:
     match layer:
         case Norm() | Activation() | Dropout():
             return shape
-        case GraphConv() | GraphReadout():
+        case GraphConv() | MessagePassing() | CFConv() | GraphReadout():
             return _after_graph(layer, shape)
+        case Take() | UnitLength() | Embedding():
+            return _after_vector(layer, shape)
         case Conv() | Pool() | Upsample() | Readout() | Recurrent() if isinstance(shape, NodeShape):
             raise NetworkError(f"cannot follow values on the nodes of a graph {shape}")
         case Conv() | Pool() | Upsample() | Readout() | Recurrent() if len(shape) == 1:
@@ -350,12 +280,35 @@ def _after(layer: Layer, shape: Shape) -> Shape:
             return (layer.units,)
 
 
-def _after_graph(layer: GraphConv | GraphReadout, shape: Shape) -> Shape:
+def _after_graph(layer: GraphConv | MessagePassing | CFConv | GraphReadout, shape: Shape) -> Shape:
     if not isinstance(shape, NodeShape):
         raise NetworkError(f"needs values on the nodes of a graph, found {shape}")
     if isinstance(layer, GraphReadout):
-        return (shape[0],)
-    return NodeShape(layer.channels, shape[1], shape.graph)
+        return (2 * shape[0],) if layer.op == "set2set" else (shape[0],)
+    if isinstance(layer, GraphConv):
+        return NodeShape(layer.channels, shape[1], shape.graph)
+    if shape.graph.edge_features < 1:
+        raise NetworkError("needs features on the edges of the graphs, found none")
+    if isinstance(layer, CFConv):
+        return NodeShape(layer.channels, shape[1], shape.graph)
+    if shape[0] != layer.units:
+        raise NetworkError(
+            f"needs {layer.units} channels, as many as units, found {shape[0]}: put a dense layer of "
+            f"{layer.units} before it"
+        )
+    return shape
+
+
+def _after_vector(layer: Take | UnitLength | Embedding, shape: Shape) -> Shape:
+    if isinstance(layer, UnitLength) and isinstance(shape, NodeShape):
+        return shape
+    if len(shape) > 1:
+        raise NetworkError(f"needs a vector, found {shape}")
+    if isinstance(layer, Take):
+        if layer.stop > shape[0]:
+            raise NetworkError(f"takes up to {layer.stop} of a vector of {shape[0]}")
+        return (layer.stop - layer.start,)
+    return (layer.units, shape[0]) if isinstance(layer, Embedding) else shape
 
 
 def _require_padding(layer: Conv, extents: Shape) -> None:

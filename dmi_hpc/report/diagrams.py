@@ -10,12 +10,15 @@ from html import escape
 from dmi_hpc.models.cost import cost, layer_weights
 from dmi_hpc.models.spec import (
     Activation,
+    CFConv,
     Conv,
     Dense,
     Dropout,
+    Embedding,
     GraphConv,
     GraphReadout,
     Layer,
+    MessagePassing,
     NetworkSpec,
     Norm,
     Parallel,
@@ -24,6 +27,8 @@ from dmi_hpc.models.spec import (
     Recurrent,
     Residual,
     Shape,
+    Take,
+    UnitLength,
     Upsample,
     shapes,
     shapes_after,
@@ -50,13 +55,26 @@ class Block:
 
 
 _OPENS = (
-    Conv | Dense | Readout | Upsample | Recurrent | GraphConv | GraphReadout | Residual | Parallel
+    Conv
+    | Dense
+    | Readout
+    | Upsample
+    | Recurrent
+    | Take
+    | Embedding
+    | GraphConv
+    | MessagePassing
+    | CFConv
+    | GraphReadout
+    | Residual
+    | Parallel
 )
 
 
 def blocks(spec: NetworkSpec) -> list[Block]:
     """The network as its readers think of it: input, blocks, linear head."""
-    found = [Block("input", "Input", (), spec.input_shape, 0)]
+    standardized = ("standardized",) if spec.standardize else ()
+    found = [Block("input", "Input", standardized, spec.input_shape, 0)]
     before = spec.enters
     for layer, after in zip(spec.layers, shapes(spec), strict=True):
         weights, _ = layer_weights(layer, before, after)
@@ -95,19 +113,35 @@ def layer_text(layer: Layer, before: Shape) -> str:
             return "Residual"
         case Parallel():
             return f"Parallel, {layer.merge}"
-        case GraphConv():
-            inner = f", {layer.norm} norm inside" if layer.norm else ""
-            return f"Graph conv {layer.channels:,}, {layer.op}{inner}"
-        case GraphReadout():
-            return f"{layer.op.capitalize()} over nodes"
+        case GraphConv() | MessagePassing() | CFConv() | GraphReadout():
+            return _graph_text(layer)
         case Readout():
             return "Flatten" if layer.op == "flatten" else "Mean over space"
+        case Take():
+            return f"Inputs {layer.start + 1:,} to {layer.stop:,}"
+        case UnitLength():
+            return "unit length"
+        case Embedding():
+            return f"Embedding {layer.units:,}, {layer.entries:,} entries"
         case Norm():
             return f"{layer.op} norm"
         case Dropout():
             return f"dropout {layer.rate:g}"
         case Activation():
             return layer.function.replace("_", " ")
+
+
+def _graph_text(layer: GraphConv | MessagePassing | CFConv | GraphReadout) -> str:
+    match layer:
+        case GraphConv():
+            inner = f", {layer.norm} norm inside" if layer.norm else ""
+            return f"Graph conv {layer.channels:,}, {layer.op}{inner}"
+        case MessagePassing():
+            return f"Messages {layer.units:,}, {layer.steps} steps"
+        case CFConv():
+            return f"Continuous-filter conv {layer.channels:,}, {layer.filters:,} filters"
+        case GraphReadout():
+            return f"{layer.op.capitalize()} over nodes"
 
 
 def inner_texts(layer: Layer, before: Shape) -> list[str]:

@@ -12,8 +12,11 @@ from dmi_hpc.models.spec import shapes
 from dmi_hpc.tasks.base import Task
 
 TASKS: dict[str, str] = {
+    "crystals": "dmi_hpc.tasks.crystals:Crystals",
     "elemnet": "dmi_hpc.tasks.elemnet:ElemNet",
     "homogenization": "dmi_hpc.tasks.homogenization:Homogenization",
+    "roost": "dmi_hpc.tasks.roost:Roost",
+    "schnet": "dmi_hpc.tasks.schnet:SchNet",
 }
 
 

@@ -29,8 +29,8 @@ from search.spaces.space import position_of
 SLOT_WEIGHT = 0.1
 HYPER_WEIGHT = 2.0
 
-# softplus came later: it is none of these
-_ACTIVATIONS: tuple[str, ...] = tuple(n for n in get_args(ActivationName) if n != "softplus")
+# softplus, its shifted form and attention came later: they are none of these
+_ACTIVATIONS: tuple[str, ...] = tuple(n for n in get_args(ActivationName) if "softplus" not in n)
 _NORMS: tuple[str, ...] = get_args(NormName)
 _POOLS: tuple[str, ...] = get_args(PoolName)
 _READOUTS: tuple[str, ...] = get_args(ReadoutName)
@@ -65,8 +65,8 @@ _RECURRENT_NAMES = (
     *(f"cell_{n}" for n in _CELLS),
     "bidirectional",
 )
-_GRAPH_CONVS: tuple[str, ...] = get_args(GraphConvName)
-_GRAPH_READOUTS: tuple[str, ...] = get_args(GraphReadoutName)
+_GRAPH_CONVS: tuple[str, ...] = tuple(n for n in get_args(GraphConvName) if n != "attention")
+_GRAPH_READOUTS: tuple[GraphReadoutName, ...] = ("mean", "sum", "max")
 _GRAPH_NAMES = (
     "present",
     "log2_channels",
@@ -140,6 +140,7 @@ class Features:
         if network.graph is not None:
             names += ["graph_blocks", "log2_embedding"]
             names += [f"graph_readout_{name}" for name in _GRAPH_READOUTS]
+            names += ["graph_readout_set2set"] * ("set2set" in network.graph_readouts)
         return tuple(names)
 
     def _whole(self, genome: Genome) -> list[float]:
@@ -156,6 +157,7 @@ class Features:
         if (part := genome.graph) is not None:
             depth = len(part.blocks) / max(1, network.graph_blocks[1])
             numbers += [depth, log2(part.embedding) / 10, *_one_hot(part.readout, _GRAPH_READOUTS)]
+            numbers += [float(part.readout == "set2set")] * ("set2set" in network.graph_readouts)
         return numbers
 
 

@@ -46,6 +46,7 @@ def decode(genome: Genome, network: NetworkSpace) -> NetworkSpec:
         outputs=network.outputs,
         map_output=network.map_output,
         graph=network.graph,
+        standardize=network.standardize,
     )
 
 
@@ -136,7 +137,7 @@ def encode(
     its layers do not follow the block grammar (see ``NetworkSpace``).
     """
     shapes(spec)
-    for name in ("input_shape", "outputs", "map_output", "graph"):
+    for name in ("input_shape", "outputs", "map_output", "graph", "standardize"):
         found, expected = getattr(spec, name), getattr(network, name)
         if found != expected:
             raise NetworkError(f"{name} of the network is {found}, the search space has {expected}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from dmi_hpc.models.layers import SET2SET_STEPS
 from dmi_hpc.models.spec import (
     Activation,
     Dense,
@@ -51,6 +52,10 @@ def graph_part(layers: Layers) -> GraphPart:
     readout = layers.take(GraphReadout)
     if readout is None:
         raise layers.error("expected a graph block or graph_readout")
+    if readout != GraphReadout(op=readout.op):
+        raise layers.refused(
+            f"a searchable set2set has {SET2SET_STEPS} steps, found {readout.steps}"
+        )
     return GraphPart(embedding.units, tuple(blocks), readout.op)
 
 

@@ -30,6 +30,8 @@ def require_consistent(space: SearchSpace) -> None:
     if network.graph is not None:
         require_graph_space(network)
     axes = len(network.input_shape) - 1
+    if axes and network.standardize:
+        raise NetworkError(f"standardize needs a vector as input, found {network.input_shape}")
     if axes == 0 and network.conv_blocks[1] > 0:
         raise NetworkError(
             f"conv_blocks {network.conv_blocks} need a map over space, the input is a vector of "

@@ -39,6 +39,7 @@ from dmi_hpc.models.spec import (
     Upsample,
     shapes,
 )
+from dmi_hpc.models.vectors import STANDARDIZE
 
 Weights = Mapping[str, torch.Tensor]
 Fate = Literal["copied", "resized", "identity", "new"]
@@ -81,6 +82,7 @@ def inherited(
     CPU. Both networks have the same input shape and outputs.
     """
     assert (child.input_shape, child.outputs) == (parent.input_shape, parent.outputs)
+    assert child.standardize == parent.standardize
     transfer = _Transfer(fresh, weights, rng, noise)
     transfer.run(child, parent)
     sizes = {name: tensor.numel() for name, tensor in fresh.items() if _is_trained(name)}
@@ -90,7 +92,12 @@ def inherited(
 
 
 def _is_trained(name: str) -> bool:
-    return not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return not _standardizes(name) and not name.endswith(statistics)
+
+
+def _standardizes(name: str) -> bool:
+    return name.partition(".")[0] == STANDARDIZE
 
 
 @dataclass(frozen=True)
@@ -195,10 +202,17 @@ class _Transfer:
         if len(mine) != len(theirs):  # a layer that only one of them has makes a vector of a map
             self._lose(mine[-1].blocks[-1].width, 0)
             theirs = mine[:0]
+        self._standardization()
         for here, there in zip(mine, theirs, strict=False):
             self._read(here, there)
             self._section(here.blocks, there.blocks)
         self._layer(len(child.layers), len(parent.layers), np.arange(child.outputs))
+
+    def _standardization(self) -> None:
+        """Weights are worth something for inputs as they were trained on alone."""
+        for name in self.result:
+            if _standardizes(name):
+                self.result[name].copy_(self._weights[name])
 
     def _lose(self, here: int, there: int) -> None:
         """The layers before differ: channels count as the same by their number alone."""
@@ -298,7 +312,7 @@ class _Transfer:
             return
         for name, tensor in self.result.items():
             number, _, rest = name.partition(".")
-            if int(number) == block.at:
+            if number == str(block.at):
                 tensor.copy_(self._weights[f"{there.at}.{rest}"])
                 self.taken[name] += tensor.numel()
         self.fates[block.at] = "copied"
