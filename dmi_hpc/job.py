@@ -54,6 +54,10 @@ class Epoch:
     seconds: float
     samples_per_s: float
     data_wait: float  # share of `seconds` that rank 0 waited for data
+    validation_mae: float | None = None  # where it is only a part of the error, or none
+    validation_auc: float | None = None
+    validation_accuracy: float | None = None
+    validation_force_mae: float | None = None
 
 
 @dataclass

@@ -287,6 +287,10 @@ class _Training:
             seconds=self._seconds,
             samples_per_s=self._rows_seen / self._seconds,
             data_wait=self._data_wait,
+            validation_mae=scores.mae if scores.mae != scores.error else None,
+            validation_auc=scores.auc,
+            validation_accuracy=scores.accuracy,
+            validation_force_mae=scores.force_mae,
         )
         if scores.error < c.best_error:
             c.best_error, c.best_epoch, c.best_step = scores.error, c.epoch, c.step

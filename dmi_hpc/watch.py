@@ -166,6 +166,7 @@ _PLOTTED = (
     "train_loss",
     "validation_error",
     "validation_rmse",
+    *("validation_mae", "validation_auc", "validation_accuracy", "validation_force_mae"),
     "learning_rate",
     "samples_per_s",
     "data_wait",
@@ -254,8 +255,8 @@ class TrainingWatch:
             return
         now, epochs = time.perf_counter(), self._job.config.epochs
         self._best = min(self._best, epoch.validation_error)
-        record = asdict(epoch)
-        self._records.epoch(record, {name: record[name] for name in _PLOTTED})
+        record = {name: value for name, value in asdict(epoch).items() if value is not None}
+        self._records.epoch(record, {name: record[name] for name in _PLOTTED if name in record})
         scores = (
             f"validation {self._error} {epoch.validation_error:.4g}{self._unit} (best {self._best:.4g})",
             f"training loss {epoch.train_loss:.4g}",

@@ -36,7 +36,7 @@ def import_(
     kind: Annotated[
         str,
         typer.Option(
-            "--as", help="composition|table|array|hdf5|image|structure; auto: by the names"
+            "--as", help="composition|molecule|table|array|hdf5|image|structure; auto: by the names"
         ),
     ] = "auto",
     format: Annotated[Text, typer.Option(help="csv, cif, ...: instead of the suffix")] = None,
@@ -49,7 +49,7 @@ def import_(
     ] = None,
     bad: Annotated[str, typer.Option(help="bad records: error | skip")] = "error",
     group: Annotated[
-        Text, typer.Option(help="column or property: equal values share a split")
+        Text, typer.Option(help="column, property, scaffold: equal values share a split")
     ] = None,
     split_column: Annotated[
         Text, typer.Option(help="column that says train, validation or test")
@@ -58,14 +58,20 @@ def import_(
     test: Annotated[float, typer.Option(help="share of rows or groups")] = 0.1,
     seed: Annotated[int, typer.Option(help="of the split")] = 0,
     formula: Annotated[str, typer.Option(help="compositions: column of the formulas")] = "formula",
-    value: Annotated[str, typer.Option(help="compositions: column of the target")] = "target",
+    smiles: Annotated[str, typer.Option(help="molecules: column of the SMILES")] = "smiles",
+    value: Annotated[
+        str, typer.Option(help="compositions, molecules: column of the target")
+    ] = "target",
     quantity: Annotated[
-        Text, typer.Option(help="compositions: name of the target; default: its column")
+        Text, typer.Option(help="compositions, molecules: name of the target; default: its column")
     ] = None,
-    unit: Annotated[Text, typer.Option(help="compositions: unit of the target")] = None,
+    unit: Annotated[Text, typer.Option(help="compositions, molecules: unit of the target")] = None,
     duplicates: Annotated[
         str, typer.Option(help="lines of one composition: keep | error | mean | lowest")
     ] = "keep",
+    hold_out: Annotated[
+        Text, typer.Option(help="compositions: systems that are for testing alone, as Ti-O,Na-Fe-O")
+    ] = None,
     delimiter: Annotated[str, typer.Option(help="between the cells of a CSV")] = ",",
     labels: Annotated[
         Path | None, typer.Option(help="images, structures: CSV of file name and properties")
@@ -113,10 +119,12 @@ def import_(
         "test": test,
         "seed": seed,
         "formula": formula,
+        "smiles": smiles,
         "value": value,
         "quantity": quantity,
         "unit": unit,
         "duplicates": duplicates,
+        "hold_out": tuple(hold_out.split(",")) if hold_out else (),
         "delimiter": "\t" if delimiter == "\\t" else delimiter,
         "labels": labels,
         "masks": masks,
@@ -193,6 +201,15 @@ def _show(report: ImportReport, path: Path) -> None:
         out.print(f"one row of the lines of {group}", markup=False)
     if report.repeated > 5:
         more = counted(report.repeated - 5, "more composition")
+        out.print(f"... and {more}: {path}", markup=False)
+    for remark in report.remarks[:_SHOWN]:
+        out.print(f"kept {remark}", markup=False)
+    if report.remarked > _SHOWN:
+        out.print(f"... and {report.remarked - _SHOWN} more of such: {path}", markup=False)
+    for group in report.across[:5]:
+        out.print(f"in several splits: {group}", markup=False)
+    if report.crossing > 5:
+        more = counted(report.crossing - 5, "more composition")
         out.print(f"... and {more}: {path}", markup=False)
     for note in report.notes:
         out.print(f"note: {note}", markup=False)

@@ -1,7 +1,8 @@
 """Tables of compositions and values: formulas become fractions of elements.
 
 Each row: the fractions of ElemNet's 86 elements (Jha et al., Sci. Rep. 8 (2018) 17593), the value,
-the formula as written, and the file and line it came from.
+the atoms in the formula, columns asked for by name (a temperature), the formula as written, and the
+file and line it came from.
 """
 
 from __future__ import annotations
@@ -32,20 +33,21 @@ from dmi_hpc.data.importing.records import (
     listed,
 )
 from dmi_hpc.data.importing.rows import Splits
-from dmi_hpc.data.importing.values import finite_float
+from dmi_hpc.data.importing.values import Problems, finite_float, from_texts
 from dmi_hpc.data.manifest import SPLIT, Field
 from dmi_hpc.errors import DataError
 
-__all__ = ["ELEMENTS", "Compositions", "element_fractions"]
+__all__ = ["ELEMENTS", "Compositions", "element_fractions", "read_formulas"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _LONGEST = 256  # bytes of a formula: anything longer is none
 _SLICE = 2**16  # rows of a batch of merged ones
+_OWN = frozenset({"fractions", "value", "atoms", "formula", "file", "line"})
 
 
 class Compositions(PlainSource):
-    """CSV files with a column of formulas and one of values."""
+    """CSV files with a column of formulas, one of values, and those of `options.fields`."""
 
     task = "composition"
     unit = "bytes"
@@ -59,6 +61,7 @@ class Compositions(PlainSource):
         other = ". Choose another with --{}, or import any columns with --as table"
         self.formula = self.csv.index(options.formula, other.format("formula"))
         self.value = self.csv.index(options.value, other.format("value"))
+        self.beside_value = _columns(options, self.csv, self.files[0])
         self.splits = Splits(options, options.split_column)
         self.given = self.csv.index(options.split_column) if options.split_column else None
         if self.given is not None:
@@ -92,6 +95,13 @@ class Compositions(PlainSource):
                 unit=o.unit or "",
                 description=o.value if o.quantity is None else o.quantity,
             ),
+            Field(
+                name="atoms",
+                dtype="float64",
+                unit="1",
+                description="in the formula as written",
+            ),
+            *(column for column, _ in self.beside_value),
             Field(
                 name="formula",
                 dtype=f"S{self.longest}",
@@ -134,8 +144,9 @@ class Compositions(PlainSource):
         lines: Lines = chunk.payload
         rows, lines_of_rows, found_bad = self.csv.records(lines)
         bad = list(found_bad)
-        fractions, values, formulas, numbers, keys, splits = [], [], [], [], [], []
-        for row, number in zip(rows, lines_of_rows, strict=True):
+        beside, problems = self._beside_value(rows)
+        fractions, values, formulas, kept, keys, splits, atoms = [], [], [], [], [], [], []
+        for position, (row, number) in enumerate(zip(rows, lines_of_rows, strict=True)):
             formula = row[self.formula]
             try:
                 if len(formula.encode()) > _LONGEST:
@@ -143,6 +154,8 @@ class Compositions(PlainSource):
                 amounts = parse_formula(formula)
                 key = reduced_formula(amounts)
                 value, split = finite_float(row[self.value]), self._split(row, key)
+                if position in problems:
+                    raise DataError(problems[position])
             except DataError as error:
                 place = f"{self.files[lines.file]}:{number}"
                 bad.append(BadRecord(place, f"{formula[:_LONGEST]!r}: {error}"))
@@ -150,7 +163,8 @@ class Compositions(PlainSource):
             fractions.append(fractions_of(amounts))
             values.append(value)
             formulas.append(formula.encode())
-            numbers.append(number)
+            atoms.append(math.fsum(amounts.values()))
+            kept.append(position)
             keys.append(key)
             splits.append(split)
         if not keys:
@@ -158,12 +172,24 @@ class Compositions(PlainSource):
         columns = {
             "fractions": np.stack(fractions),
             "value": np.array(values, dtype=np.float64),
+            "atoms": np.array(atoms, dtype=np.float64),
+            **{name: column[kept] for name, column in beside.items()},
             "formula": np.array(formulas, dtype=f"S{self.longest}"),
             "file": np.full(len(keys), lines.file, dtype=np.uint16),
-            "line": np.array(numbers, dtype=np.int64),
+            "line": np.array(lines_of_rows, dtype=np.int64)[kept],
             SPLIT.name: np.array(splits, dtype=np.uint8),
         }
         return Batch(columns, by_line(bad), tuple(keys))
+
+    def _beside_value(self, rows: Sequence[Sequence[str]]) -> tuple[dict[str, Array], Problems]:
+        """(n,) of each column beside the value, and what is wrong with a row of any."""
+        columns: dict[str, Array] = {}
+        problems: Problems = {}
+        for column, place in self.beside_value:
+            columns[column.name], wrong = from_texts(column, [row[place] for row in rows])
+            for position, reason in wrong.items():
+                problems.setdefault(position, f"{column.name}: {reason}")
+        return columns, problems
 
     def _split(self, row: Sequence[str], key: str) -> int:
         splits, problems = self.splits.of([key if self.given is None else row[self.given]])
@@ -212,3 +238,62 @@ class Compositions(PlainSource):
         for start in range(0, len(order), _SLICE):
             rows_ = order[start : start + _SLICE]
             yield Batch({name: array.take(rows_, axis=0) for name, array in whole.items()})
+
+
+def read_formulas(path: Path, columns: Sequence[str] = ()) -> tuple[list[str], dict[str, Array]]:
+    """A CSV with the column `formula`, and others of numbers, for prediction.
+
+    Returns the formulas as written, and the fields fractions (n, 86), atoms (n,) and `columns` (n,).
+    Raises DataError naming the line of the first that cannot be used.
+    """
+    csv = CsvFiles([path], ",")
+    places = {name: csv.index(name) for name in ("formula", *columns)}
+    labels: list[str] = []
+    amounts: list[dict[str, float]] = []
+    numbers: dict[str, list[float]] = {name: [] for name in columns}
+    for chunk in csv.chunks():
+        rows, lines, bad = csv.records(chunk.payload)
+        if bad:
+            raise DataError(str(bad[0]))
+        for row, line in zip(rows, lines, strict=True):
+            formula = row[places["formula"]]
+            try:
+                amounts.append(parse_formula(formula))
+                for name in columns:
+                    numbers[name].append(finite_float(row[places[name]]))
+            except DataError as error:
+                raise DataError(f"{path}, line {line}: {formula!r}: {error}") from None
+            labels.append(formula)
+    if not labels:
+        raise DataError(f"{path}: no formulas in it")
+    fields = {name: np.array(values) for name, values in numbers.items()}
+    fields["fractions"] = np.stack([fractions_of(each) for each in amounts])
+    fields["atoms"] = np.array([math.fsum(each.values()) for each in amounts])
+    return labels, fields
+
+
+def _columns(options: ImportOptions, csv: CsvFiles, file: Path) -> tuple[tuple[Field, int], ...]:
+    """The field of each column that is asked for beside the value, and its place in a line."""
+    columns = []
+    for spec in options.fields:
+        if spec.name in _OWN:
+            raise DataError(
+                f"{file}: field {spec.name!r} is one that every import of compositions has. Choose "
+                f"another name, in a --map FILE ([fields.NAME] with source = {spec.origin!r})"
+            )
+        if spec.axis or spec.refers:
+            raise DataError(f"field {spec.name}: a table has no ragged fields")
+        column = Field(
+            name=spec.name,
+            dtype=spec.dtype or "float64",
+            unit=spec.unit,
+            description=spec.description or f"column {spec.origin!r}",
+        )
+        columns.append((column, csv.index(spec.origin)))
+    if columns and options.duplicates == "mean":
+        names = ", ".join(column.name for column, _ in columns)
+        raise DataError(
+            f"duplicates 'mean' makes one row of lines that may differ in {names}: choose keep, error "
+            "or lowest"
+        )
+    return tuple(columns)

@@ -19,8 +19,10 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     JsonValue,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic import Field as Option
@@ -76,6 +78,14 @@ class Field(_Plain):
     refers: str | None = Option(
         None, description="values number the entries of that axis within their row"
     )
+    optional: bool = Option(False, description="floats; NaN where a value is not known")
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        if not self.optional:  # as before there were any: plans keep their fingerprints
+            data.pop("optional", None)
+        return data
 
     @field_validator("dtype")
     @classmethod
@@ -108,6 +118,8 @@ class Field(_Plain):
     def _integers_refer(self) -> Field:
         if self.refers is not None and np.dtype(self.dtype).kind not in "iu":
             raise ValueError(f"{self.name}: refers needs an integer dtype, found {self.dtype}")
+        if self.optional and np.dtype(self.dtype).kind != "f":
+            raise ValueError(f"{self.name}: optional needs a float dtype, found {self.dtype}")
         return self
 
     @property

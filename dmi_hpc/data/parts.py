@@ -13,6 +13,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
@@ -59,6 +60,8 @@ def make_part(path: Path, plan: BuildPlan, rows: Rows) -> Part:
         values = (
             found.values[: found.offsets[train]] if isinstance(found, Ragged) else found[:train]
         )
+        if field.optional:
+            values = values[~np.isnan(values)]
         if values.size:
             moments[field.name] = Moments.of(values)
     return Part(fingerprint=plan.fingerprint(), record=record, moments=moments)

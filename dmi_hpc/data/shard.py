@@ -71,10 +71,14 @@ def _check_values(field: Field, values: Array, where: str) -> None:
             f"{where}: field {field.name!r}: expected {field.dtype} {field.shape} an entry, "
             f"found {values.dtype} {values.shape[1:]}"
         )
-    if field.numpy.kind == "f" and not np.isfinite(values).all():
+    if field.numpy.kind == "f" and not (np.isfinite(values) | _unknown(field, values)).all():
         raise DataError(f"{where}: field {field.name!r} has values that are not finite")
     if field == SPLIT and values.size and values.max() >= len(SPLITS):
         raise DataError(f"{where}: field 'split': expected 0, 1 or 2, found {values.max()}")
+
+
+def _unknown(field: Field, values: Array) -> Array | bool:
+    return np.isnan(values) if field.optional else False
 
 
 def _check_references(field: Field, rows: Rows, lengths: Array, where: str) -> None:

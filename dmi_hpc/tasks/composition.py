@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, cast
 
 import numpy as np
-import pandas
 from pydantic import Field as Option
 from pydantic import model_validator
 
 from dmi_hpc.config import Config
-from dmi_hpc.data.composition import element_fractions
+from dmi_hpc.data.composition import read_formulas
+from dmi_hpc.data.descriptors import Statistic, descriptors
 from dmi_hpc.data.manifest import Manifest
 from dmi_hpc.errors import DataError
 from dmi_hpc.tasks.base import Array, Baseline, BuildContext, Fields, Quantity, Task
+
+_STATISTICS: tuple[Statistic, ...] = ("avg", "dev", "range", "max", "min", "mode")
 
 
 class CompositionOptions(Config):
@@ -61,34 +64,41 @@ class CompositionTask(Task):
         return np.asarray((target >= low) & (target <= high))
 
     def baselines(self) -> tuple[Baseline, ...]:
-        def forest(train: Fields, target: Array, test: Fields) -> Array:
-            from sklearn.ensemble import RandomForestRegressor
+        def forest_on(
+            features: Callable[[Fields], Array],
+        ) -> Callable[[Fields, Array, Fields], Array]:
+            def predict(train: Fields, target: Array, test: Fields) -> Array:
+                from sklearn.ensemble import RandomForestRegressor
 
-            model = RandomForestRegressor(self._trees, n_jobs=-1, random_state=0)
-            model.fit(train["fractions"], target)
-            return np.asarray(model.predict(test["fractions"]))
+                model = RandomForestRegressor(self._trees, n_jobs=-1, random_state=0)
+                model.fit(features(train), target)
+                return np.asarray(model.predict(features(test)))
 
-        return (Baseline("forest", "Random forest on element fractions", forest),)
+            return predict
+
+        return (
+            Baseline(
+                "forest",
+                "Random forest on element fractions",
+                forest_on(lambda fields: fields["fractions"]),
+            ),
+            Baseline(
+                "forest_descriptors",
+                "Random forest on composition descriptors",
+                forest_on(_described),
+            ),
+        )
 
     def read_inputs(self, path: Path) -> tuple[list[str], dict[str, Array]]:
         """A CSV with a column `formula`."""
-        try:
-            # NaN is sodium nitride; empty lines count in the numbers of the lines
-            table = pandas.read_csv(path, dtype=str, na_filter=False, skip_blank_lines=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable CSV: {error}") from None
-        if "formula" not in table.columns:
-            raise DataError(
-                f"{path}: expected a column 'formula', found {', '.join(map(str, table.columns))}"
-            )
-        empty = (table == "").all(axis=1)
-        labels, rows = [], []
-        for line, text in zip(table.index[~empty] + 2, table["formula"][~empty], strict=True):
-            try:
-                rows.append(element_fractions(text))
-            except DataError as error:
-                raise DataError(f"{path}, line {line}: {text!r}: {error}") from None
-            labels.append(text)
-        if not rows:
-            raise DataError(f"{path}: no formulas in it")
-        return labels, {"fractions": np.stack(rows)}
+        labels, fields = read_formulas(path)
+        return labels, {"fractions": fields["fractions"]}
+
+
+def _described(fields: Fields) -> Array:
+    """Statistics of what pymatgen knows of the elements, and how many there are."""
+    from dmi_hpc.data.periodic import periodic_table
+
+    fractions = np.asarray(fields["fractions"])
+    found = descriptors(periodic_table(), fractions, np.ones(len(fractions)), _STATISTICS)
+    return np.column_stack([found, (fractions > 0).sum(axis=1)])

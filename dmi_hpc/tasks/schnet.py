@@ -147,11 +147,16 @@ class SchNet(Task):
         return (Baseline("pair_histogram", "Ridge on the histogram of distances", histogram),)
 
     def _histogram(self, fields: Fields) -> Array:
-        """(n, bins) neighbours of an atom by their distance, mean over the atoms."""
+        """(n, bins) neighbours of an atom by their distance, mean over the atoms.
+
+        fields: neighbours are numbered over the atoms of their row, not over all rows.
+        """
         numbers, positions, ends, images = (
             cast(Ragged, fields[name])
             for name in ("atomic_number", "position", "edge_index", "edge_image")
         )
+        first = numbers.offsets[row_of_entry(ends.offsets)]
+        ends = Ragged(ends.values + first[:, None], ends.offsets)
         vectors = vectors_of(positions, ends, images, np.asarray(fields["cell"]))
         bins = round(self.o.cutoff / _SPACING)
         places = np.linalg.norm(vectors, axis=1) / self.o.cutoff * bins

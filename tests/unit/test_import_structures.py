@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
+from dmi_hpc.cli.data_import import import_
 from dmi_hpc.data.importing.crystals import Crystal, neighbours_of
-from dmi_hpc.data.importing.options import FieldSpec, ImportOptions
-from dmi_hpc.data.importing.run import import_files
+from dmi_hpc.data.importing.options import FieldSpec, ImportOptions, field_of_text
+from dmi_hpc.data.importing.run import REPORT, import_files
 from dmi_hpc.data.reader import ShardSet
 from dmi_hpc.errors import DataError
 
@@ -94,7 +95,8 @@ def frames():
     rng = np.random.default_rng(0)
     found = []
     for i in range(5):
-        atoms = ase.Atoms("SiO2" if i % 2 else "H2O", positions=rng.normal(size=(3, 3)))
+        places = np.diag([0.0, 1.5, 3.0]) + rng.uniform(0, 0.5, (3, 3))
+        atoms = ase.Atoms("SiO2" if i % 2 else "H2O", positions=places)
         if i % 2:
             atoms.set_cell(np.eye(3) * 5 + rng.normal(size=(3, 3)) / 9)
             atoms.pbc = (True, True, False)
@@ -292,6 +294,9 @@ def test_neighbours_are_those_of_brute_force(atoms, periodic, seed, cutoff):
     same = found.pairs[1:, 0] == found.pairs[:-1, 0]
     assert (np.diff(found.distances)[same] >= -1e-5).all()
     nearest = neighbours_of(crystal, cutoff, 3)
+    kept = np.concatenate([np.flatnonzero(found.pairs[:, 0] == i)[:3] for i in range(atoms)])
+    np.testing.assert_array_equal(nearest.pairs, found.pairs[kept])
+    np.testing.assert_array_equal(nearest.images, found.images[kept])
     assert np.bincount(nearest.pairs[:, 0], minlength=atoms).tolist() == [
         min(3, n) for n in np.bincount(found.pairs[:, 0], minlength=atoms)
     ]
@@ -312,3 +317,99 @@ def test_phonon_peaks_of_matbench(tmp_path):
     edges, atoms = rows(tmp_path, "edge_index"), rows(tmp_path, "atomic_number")
     assert (edges.lengths == 12 * atoms.lengths).all()
     assert rows(tmp_path, "distance").values.max() <= 8
+
+
+def lines_of(path, *records):
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n")
+    return path
+
+
+def atoms(cell, elements, coords):
+    return {"lattice_mat": (np.eye(3) * cell).tolist(), "elements": elements, "coords": coords}
+
+
+@pytest.mark.parametrize("options", [{"cutoff": 8.0, "max_neighbours": 2}, {}])
+def test_atoms_on_top_of_each_other_are_bad_records(tmp_path, options):
+    good = atoms(4, ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    same = atoms(4, ["Na", "Cl"], [[0, 0, 0], [0, 0, 0]])
+    across = atoms(4, ["Na", "Na"], [[0.01, 0, 0], [0.99, 0, 0]])  # through the face of the cell
+    thin = atoms([9, 9, 0.4], ["Na"], [[0, 0, 0]])
+    path = lines_of(tmp_path / "in.jsonl", *({"atoms": a} for a in (good, same, across, thin)))
+    _, report = run(path, tmp_path, bad="skip", **options)
+    assert [bad.where for bad in report.bad] == [f"{path}:{line}" for line in (2, 3, 4)]
+    reasons = [bad.reason for bad in report.bad]
+    assert all("on top of each other" in reason for reason in reasons)
+    assert "atoms 0 and 1" in reasons[0]
+    assert ": 0 angstrom" in reasons[0]
+    assert ": 0.08 angstrom apart, expected at least 0.5" in reasons[1]
+    assert "atom 0 and its periodic image" in reasons[2]
+    assert report.kept == 1
+
+
+def test_atoms_without_neighbours_are_kept_and_told(tmp_path, capsys):
+    alone = atoms(20, ["He"], [[0, 0, 0]])
+    partly = atoms(20, ["H", "H", "He"], [[0, 0, 0], [0.04, 0, 0], [0.5, 0.5, 0.5]])
+    dense = atoms(3, ["Cu"], [[0, 0, 0]])
+    records = [{"atoms": a} for a in (alone, dense, partly)]
+    path = lines_of(tmp_path / "in.jsonl", *records)
+    import_(files=[path], out=tmp_path / "set", cutoff=8, max_neighbours=12, validation=0, test=0)
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "atom 0 has no neighbour within 8 angstrom" in shown
+    report = json.loads((tmp_path / "set" / REPORT).read_text())
+    assert report["kept"] == 3
+    assert report["remarks"] == [
+        {"where": f"{path}:1", "reason": "atom 0 has no neighbour within 8 angstrom"},
+        {"where": f"{path}:3", "reason": "atom 2 has no neighbour within 8 angstrom"},
+    ]
+    assert rows(tmp_path, "edge_index").lengths.tolist() == [0, 12, 2]
+
+
+def test_a_given_split_that_parts_a_composition_is_told(tmp_path):
+    salt = atoms(4, ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    copper = atoms(3, ["Cu"], [[0, 0, 0]])
+    doubled = atoms(6, ["Cu", "Cu"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    split = ["train", "test", "train", "val", "train"]
+    structures = [salt, salt, copper, doubled, copper]
+    path = lines_of(
+        tmp_path / "in.jsonl",
+        *(
+            {"id": f"n{i}", "atoms": a, "part": p}
+            for i, (a, p) in enumerate(zip(structures, split, strict=True))
+        ),
+    )
+    _, report = run(path, tmp_path, split_column="part")
+    assert report.crossing == 2
+    assert report.across == [
+        "NaCl: train (n0, ...), test (n1, ...)",
+        "Cu: train (n2, ...), validation (n3, ...)",
+    ]
+    assert (report.kept, report.skipped) == (5, 0)
+    _, report = run(path, tmp_path, replace=True)  # by composition: none can cross
+    assert (report.crossing, report.across) == (0, [])
+
+
+def test_optional_properties_are_nan_where_not_known(tmp_path):
+    copper = atoms(3, ["Cu"], [[0, 0, 0]])
+    values = [1.5, None, float("nan"), 2.5, "high"]
+    path = lines_of(tmp_path / "in.jsonl", *({"atoms": copper, "k": v, "e": 0.5} for v in values))
+    fields = (field_of_text("k=float32?:GPa:bulk modulus"), FieldSpec(name="e"))
+    manifest, report = run(path, tmp_path, fields=fields, bad="skip")
+    assert [str(bad).rpartition(":")[0] for bad in report.bad] == [f"{path}:5: k"]
+    np.testing.assert_array_equal(rows(tmp_path, "k"), np.float32([1.5, np.nan, np.nan, 2.5]))
+    field, known = manifest.field("k"), manifest.statistics["k"]
+    assert (field.optional, field.dtype, field.unit) == (True, "float32", "GPa")
+    assert (known.count, known.mean) == (2, 2.0)
+    assert "optional" not in manifest.field("e").model_dump()
+    with pytest.raises(DataError, match=r"3 records(.|\n)*k: no value"):
+        run(path, tmp_path, fields=(FieldSpec(name="k"),), replace=True)
+    with pytest.raises(DataError, match="optional needs a float dtype, found int64"):
+        field_of_text("k=int64?")
+
+
+def test_optional_columns_of_labels(tmp_path):
+    folder = cifs(tmp_path / "in")
+    (folder / "labels.csv").write_text("id,k,gap\nsalt,,8.5\nwurtzite,150,3.4\n")
+    fields = (FieldSpec(name="k", optional=True), FieldSpec(name="gap"))
+    run(folder, tmp_path, labels=folder / "labels.csv", fields=fields)
+    np.testing.assert_array_equal(rows(tmp_path, "k"), [np.nan, 150])
+    assert rows(tmp_path, "gap").tolist() == [8.5, 3.4]

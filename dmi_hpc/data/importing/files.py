@@ -41,8 +41,8 @@ _SUFFIXES: dict[str, str] = {
     ".jsonl": "json",
 }
 _KINDS: dict[str, tuple[Kind, ...]] = {  # the first is meant unless --as says another
-    "csv": ("table", "composition"),
-    "tsv": ("table", "composition"),
+    "csv": ("table", "composition", "molecule"),
+    "tsv": ("table", "composition", "molecule"),
     "parquet": ("table",),
     "npy": ("array",),
     "npz": ("array",),
@@ -128,7 +128,7 @@ def inputs_of(paths: Sequence[Path], options: ImportOptions) -> Inputs:
     for path, _ in files:
         _check_name(path)
     inputs = Inputs(kind, formats, tuple(p for p, _ in files), root, tuple(left))
-    return _as_composition(inputs, options) if options.kind == "auto" else inputs
+    return _by_columns(inputs, options) if options.kind == "auto" else inputs
 
 
 def _check_name(path: Path) -> None:
@@ -195,19 +195,25 @@ def _below(folder: Path) -> tuple[list[Path], list[Path]]:
     return files, again
 
 
-def _as_composition(found: Inputs, options: ImportOptions) -> Inputs:
-    """A CSV with the column of formulas is a table of compositions."""
+def _by_columns(found: Inputs, options: ImportOptions) -> Inputs:
+    """A CSV with the column of formulas is a table of compositions, one with SMILES of molecules."""
     if found.kind != "table" or found.formats[0] == "parquet":
         return found
     defaults = ImportOptions()
-    asked = any(
-        getattr(options, name) != getattr(defaults, name)
-        for name in ("formula", "value", "quantity", "unit", "duplicates")
-    )
+
+    def said(*names: str) -> bool:
+        return any(getattr(options, name) != getattr(defaults, name) for name in names)
+
+    of_formulas, of_values = said("formula", "duplicates"), said("value", "quantity", "unit")
     delimiter = "\t" if found.formats[0] == "tsv" else options.delimiter
     columns = CsvFiles(found.files[:1], delimiter).columns
     plain = bool(options.fields or options.group)
-    if asked or (not plain and (options.formula in columns or not columns)):
+    if not of_formulas and options.formula not in columns and options.smiles in columns:
+        molecules = of_values or (not plain and options.value in columns)
+        return replace(found, kind="molecule" if molecules or said("smiles") else "table")
+    if said("smiles"):
+        return replace(found, kind="molecule")
+    if of_formulas or of_values or (not plain and (options.formula in columns or not columns)):
         return replace(found, kind="composition")
     return found
 

@@ -24,14 +24,14 @@ _ON_DAMAGED_FILES = (
 )  # fmt: skip
 
 
-def library(module: str, use: str) -> Any:
+def library(module: str, use: str, extra: str = "import") -> Any:
     """The module, loaded now. Raises DataError that says what to install. use: what needs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         name = {"PIL": "pillow"}.get(module.partition(".")[0], module.partition(".")[0])
         raise DataError(
-            f"{use} need {name} ({error}): pip install 'dmi-hpc[import]', or {name} alone"
+            f"{use} need {name} ({error}): pip install 'dmi-hpc[{extra}]', or {name} alone"
         ) from None
 
 

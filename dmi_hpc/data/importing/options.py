@@ -8,13 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic import Field as Option
 
+from dmi_hpc.data.elements import ELEMENTS
 from dmi_hpc.data.manifest import SPLIT, Compression, Field
 from dmi_hpc.errors import DataError
 
-Kind = Literal["composition", "table", "array", "hdf5", "image", "structure"]
+Kind = Literal["composition", "molecule", "table", "array", "hdf5", "image", "structure"]
 ROW = "row number"  # a group of its own: each row is split by itself
 
 
@@ -32,10 +40,19 @@ class FieldSpec(_Plain):
     description: str = ""
     axis: str | None = Option(None, description="ragged: a name of `axes`")
     refers: str | None = Option(None, description="values number the entries of that axis")
+    optional: bool = Option(False, description="structures: NaN is stored where there is no value")
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        if not self.optional:  # provenance of what earlier versions could say stays as it was
+            data.pop("optional", None)
+        return data
 
     @model_validator(mode="after")
     def _storable(self) -> FieldSpec:
-        Field(name=self.name, dtype=self.dtype or "int8", unit="", description="")
+        dtype = self.dtype or ("float64" if self.optional else "int8")
+        Field(name=self.name, dtype=dtype, unit="", description="", optional=self.optional)
         return self
 
     @property
@@ -78,13 +95,17 @@ class ImportOptions(_Plain):
     floats: Literal["float64", "float32"] = Option("float64", description="of numbers in text")
     processes: int | Literal["auto"] = "auto"
     replace: bool = Option(False, description="another data set in the folder")
-    # compositions
+    # compositions and molecules
     formula: str = Option("formula", description="column of formulas")
+    smiles: str = Option("smiles", description="column of SMILES")
     value: str = Option("target", description="column of values")
     quantity: str | None = Option(None, description="what the values are; default: the column")
     unit: str | None = Option(None, description="of the values")
     duplicates: Literal["keep", "error", "mean", "lowest"] = Option(
         "keep", description="lines of one composition; kept ones always share a split"
+    )
+    hold_out: tuple[str, ...] = Option(
+        (), description="chemical systems (Ti-O): all compounds within them are for testing"
     )
     # tables
     delimiter: str = Option(",", min_length=1, max_length=1)
@@ -111,6 +132,12 @@ class ImportOptions(_Plain):
             raise ValueError(f"processes: expected at least 1, found {self.processes}")
         if self.group is not None and self.split_column is not None:
             raise ValueError("a group and a split column cannot both decide the split: give one")
+        if self.hold_out and self.split_column is not None:
+            raise ValueError("hold_out and a split column cannot both decide the split: give one")
+        for system in self.hold_out:
+            names = system.split("-")
+            if len(names) < 2 or not set(names) <= set(ELEMENTS):
+                raise ValueError(f"hold_out: found {system!r}, expected systems such as Na-Fe-O")
         if self.replace and self.shuffle is not None:
             raise ValueError("replace and shuffle exclude each other: delete the old set yourself")
         if self.max_neighbours is not None and self.cutoff is None:
@@ -132,6 +159,10 @@ class ImportOptions(_Plain):
                         f"--{name.replace('_', '-')} is for {' and '.join(kinds)} imports; this is "
                         f"one of kind {kind} (choose another with --as)"
                     )
+        if kind != "structure" and (spec := next((s for s in self.fields if s.optional), None)):
+            raise DataError(
+                f"--field {spec.name}: only structures have optional fields, not a {kind}"
+            )
 
     def of_kind(self, kind: Kind) -> dict[str, Any]:
         """What decides the content of the set, for its provenance."""
@@ -142,25 +173,27 @@ class ImportOptions(_Plain):
 
 
 _OF_KINDS: Mapping[tuple[str, ...], tuple[Kind, ...]] = {
-    ("formula", "value", "quantity", "unit", "duplicates"): ("composition",),
-    ("delimiter",): ("table", "composition"),
+    ("formula", "duplicates", "hold_out"): ("composition",),
+    ("smiles",): ("molecule",),
+    ("value", "quantity", "unit"): ("composition", "molecule"),
+    ("delimiter",): ("table", "composition", "molecule"),
     ("labels",): ("image", "structure"),
     ("masks",): ("image",),
     ("cutoff", "max_neighbours"): ("structure",),
     ("axes",): ("array", "hdf5"),
-    ("fields",): ("table", "array", "hdf5", "image", "structure"),
-    ("group",): ("table", "array", "hdf5", "image", "structure"),
+    ("group",): ("molecule", "table", "array", "hdf5", "image", "structure"),
     ("floats",): ("table", "image", "structure"),
 }
 
 
 def field_of_text(text: str) -> FieldSpec:
-    """`NAME[=DTYPE[:UNIT[:DESCRIPTION]]]`, each part but the name may be empty."""
+    """`NAME[=DTYPE[?][:UNIT[:DESCRIPTION]]]`, each part but the name may be empty; ?: optional."""
     name, _, rest = text.partition("=")
     dtype, _, rest = rest.partition(":")
     unit, _, description = rest.partition(":")
-    raw = {"dtype": dtype.strip() or None, "unit": unit.strip(), "description": description.strip()}
-    return _field({"name": name.strip(), **raw}, where=f"--field {text!r}")
+    raw = {"dtype": dtype.strip().rstrip("?") or None, "optional": dtype.strip().endswith("?")}
+    about = {"unit": unit.strip(), "description": description.strip()}
+    return _field({"name": name.strip(), **raw, **about}, where=f"--field {text!r}")
 
 
 def read_map(path: Path) -> tuple[tuple[FieldSpec, ...], tuple[AxisSpec, ...]]:

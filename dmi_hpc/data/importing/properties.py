@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,13 +110,22 @@ class Properties:
         wanted = {column.name for column in labels}
         self.specs = tuple(spec for spec in options.fields if spec.name not in wanted)
         self.asked = bool(options.fields)
+        self.split = options.split_column
+        self.optional = frozenset(spec.name for spec in options.fields if spec.optional)
         self.found = Found(0, {}, {})
         self.chosen: list[_Property] = []
         self.notes: list[str] = []
 
     @property
     def fields(self) -> list[Field]:
-        return [column.field for column in self.labels] + [p.field for p in self.chosen]
+        return [self._of_column(column) for column in self.labels] + [p.field for p in self.chosen]
+
+    def _of_column(self, column: Column) -> Field:
+        field = column.field
+        if column.name not in self.optional:
+            return field
+        dtype = self.floats if field.numpy.kind in "iu" else field.dtype
+        return field.model_copy(update={"optional": True, "dtype": dtype})
 
     def add(self, found: Found) -> None:
         self.found = Found.merged([self.found, found])
@@ -145,6 +155,8 @@ class Properties:
         for source, kind in both.items():
             name = field_name(source)
             reason = ""
+            if source == self.split:
+                continue
             if kind.common is None or kind.common[2] < kind.count:
                 reason = "not of the same type and shape in all structures"
             elif kind.count < self.found.structures:
@@ -159,14 +171,18 @@ class Properties:
 
     def _field(self, spec: FieldSpec, kind: Kind) -> Field:
         source = spec.source or spec.name
+        dtype = spec.dtype or kind.dtype(self.floats)
+        if spec.optional and spec.dtype is None and np.dtype(dtype).kind in "iu":
+            dtype = self.floats  # integers know no NaN
         per_atom = source in self.found.arrays and source not in self.found.properties
         return Field(
             name=spec.name,
-            dtype=spec.dtype or kind.dtype(self.floats),
+            dtype=dtype,
             shape=kind.common[1] if kind.common else (),
             unit=spec.unit,
             description=spec.description or f"property {source!r}",
             axis="atom" if per_atom else None,
+            optional=spec.optional,
         )
 
     def fill(
@@ -179,7 +195,8 @@ class Properties:
         """Add the columns of these structures, and what is wrong with them."""
         for column in self.labels:
             cells = [row[column.source] if row is not None else "" for row in labels]
-            columns[column.name], problems[column.source] = from_texts(column.field, cells)
+            found = _of_labels(self._of_column(column), cells)
+            columns[column.name], problems[column.source] = found
         for chosen in self.chosen:
             field, source = chosen.field, chosen.source
             if field.axis is not None:
@@ -196,6 +213,9 @@ def _of_whole(field: Field, source: str, crystals: Sequence[Crystal]) -> tuple[A
     values = np.zeros((len(crystals), *field.shape), dtype=field.numpy)
     for i, crystal in enumerate(crystals):
         value = crystal.properties.get(source)
+        if field.optional and _is_unknown(value):
+            values[i] = np.nan
+            continue
         if value is None:
             missing[i] = "no value"
             continue
@@ -208,6 +228,21 @@ def _of_whole(field: Field, source: str, crystals: Sequence[Crystal]) -> tuple[A
         if wrong:
             missing[i] = wrong[0]
     return values, missing
+
+
+def _is_unknown(value: Any) -> bool:
+    """No value, or a single NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _of_labels(field: Field, cells: Sequence[str]) -> tuple[Array, Problems]:
+    """Of a column; an empty cell and "nan" are no values."""
+    if not field.optional:
+        return from_texts(field, cells)
+    empty = np.array([cell.strip().lower() in ("", "nan") for cell in cells])
+    filled = ["0" if no else cell for no, cell in zip(empty, cells, strict=True)]
+    values, problems = from_texts(field, filled)
+    return np.where(empty, np.nan, values).astype(field.numpy), problems
 
 
 def _of_atoms(field: Field, source: str, crystals: Sequence[Crystal]) -> tuple[Ragged, Problems]:

@@ -48,6 +48,7 @@ class Batch:
     rows: Mapping[str, Array | Ragged]
     bad: tuple[BadRecord, ...] = ()
     keys: tuple[str, ...] = ()  # of the rows, where the source asks for them in `collect`
+    remarks: tuple[BadRecord, ...] = ()  # on rows that are good, but strange
 
     @property
     def count(self) -> int:
@@ -63,6 +64,8 @@ class Source(Protocol):
     files: tuple[Path, ...]
     duplicates: list[str]  # that `collect` met, for people: the first LISTED
     repeated: int  # how many there are
+    across: list[str]  # compositions in several splits: the first LISTED
+    crossing: int  # how many there are
 
     @property
     def fields(self) -> tuple[Field, ...]: ...
@@ -109,6 +112,8 @@ class PlainSource:
     def __init__(self) -> None:
         self.duplicates: list[str] = []
         self.repeated = 0
+        self.across: list[str] = []
+        self.crossing = 0
 
     def scan(self) -> Iterator[Chunk] | None:
         return None
@@ -144,6 +149,14 @@ class ImportReport:
     repeated: int = 0  # groups of them
     duplicates: list[str] = field(default_factory=list)  # the first LISTED groups
     notes: list[str] = field(default_factory=list)
+    remarked: int = 0  # kept, but strange
+    remarks: list[BadRecord] = field(default_factory=list)  # the first LISTED of these
+    crossing: int = 0  # compositions in several splits
+    across: list[str] = field(default_factory=list)  # the first LISTED of these
+
+    def add_remarks(self, remarks: Sequence[BadRecord]) -> None:
+        self.remarked += len(remarks)
+        self.remarks.extend(remarks[: LISTED - len(self.remarks)])
 
     def add_bad(self, bad: Sequence[BadRecord]) -> None:
         self.skipped += len(bad)
@@ -171,6 +184,10 @@ class ImportReport:
             "skipped": self.skipped,
             "notes": list(self.notes),
             "duplicates": list(self.duplicates),
+            "remarked": self.remarked,
+            "remarks": [{"where": b.where, "reason": b.reason} for b in self.remarks],
+            "crossing": self.crossing,
+            "across": list(self.across),
             "bad": [{"where": b.where, "reason": b.reason} for b in self.bad],
         }
 

@@ -20,6 +20,7 @@ from dmi_hpc.data.composition import Compositions
 from dmi_hpc.data.importing.arrays import ArraySource
 from dmi_hpc.data.importing.files import Inputs, checksums, inputs_of, provenance_of
 from dmi_hpc.data.importing.images import ImageFolder
+from dmi_hpc.data.importing.molecules import Molecules
 from dmi_hpc.data.importing.options import ROW, ImportOptions, Kind
 from dmi_hpc.data.importing.parallel import ordered_map
 from dmi_hpc.data.importing.records import Advance, Batch, Chunk, ImportReport, Source
@@ -88,6 +89,8 @@ def import_files(
     report.notes[:0] = _empty_splits(manifest, inputs.kind)
     report.duplicates += source.duplicates
     report.repeated = source.repeated
+    report.across += source.across
+    report.crossing = source.crossing
     with writing(target):
         write_json(target / REPORT, {"identity": manifest.identity, **report.as_json()})
     return manifest, report
@@ -128,6 +131,8 @@ def source_of(inputs: Inputs, options: ImportOptions) -> Source:
     """The source of a kind."""
     if inputs.kind == "composition":
         return Compositions(inputs.files, options)
+    if inputs.kind == "molecule":
+        return Molecules(inputs.files, options)
     if inputs.kind == "table":
         parquet = inputs.formats[0] == "parquet"
         return (ParquetTable if parquet else CsvTable)(inputs.files, options)
@@ -178,6 +183,7 @@ def _checked(
     """Count; where bad records are an error, look on for more of them but give no more rows."""
     for batch in batches:
         report.add_bad(batch.bad)
+        report.add_remarks(batch.remarks)
         report.read += batch.count + len(batch.bad)
         if report.skipped and options.bad == "error":
             if report.gave_up:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,26 +10,29 @@ from typing import Any
 import numpy as np
 
 from dmi_hpc.data.importing.crystals import (
+    CLOSEST,
     Crystal,
+    Neighbours,
     from_cif,
     from_extxyz,
     from_json,
     from_poscar,
     neighbours_of,
+    require_apart,
 )
 from dmi_hpc.data.importing.csvs import opened
-from dmi_hpc.data.importing.files import Inputs
+from dmi_hpc.data.importing.files import Inputs, inputs_of
 from dmi_hpc.data.importing.labels import labels_of, names_of
 from dmi_hpc.data.importing.optional import readable
 from dmi_hpc.data.importing.options import ROW, ImportOptions
 from dmi_hpc.data.importing.properties import Found, Properties, cells_of
-from dmi_hpc.data.importing.records import BadRecord, Batch, Chunk, PlainSource
+from dmi_hpc.data.importing.records import LISTED, BadRecord, Batch, Chunk, PlainSource, listed
 from dmi_hpc.data.importing.rows import Splits, good_rows, with_split
 from dmi_hpc.data.importing.structure_files import Record, json_records, xyz_frames
 from dmi_hpc.data.importing.values import Problems
-from dmi_hpc.data.manifest import Field
+from dmi_hpc.data.manifest import SPLIT, SPLITS, Field
 from dmi_hpc.data.ragged import Ragged
-from dmi_hpc.errors import DataError
+from dmi_hpc.errors import DataError, counted
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -41,11 +45,11 @@ class Structures(PlainSource):
 
     task = "structure"
 
-    def __init__(self, inputs: Inputs, options: ImportOptions) -> None:
+    def __init__(self, inputs: Inputs, options: ImportOptions, *, labelled: bool = True) -> None:
         super().__init__()
         self.files, self.formats, self.root = inputs.files, inputs.formats, inputs.root
         self.cutoff, self.nearest = options.cutoff, options.max_neighbours
-        self.labels = labels_of(inputs.root, options)
+        self.labels = labels_of(inputs.root, options) if labelled else None
         self.properties = Properties(options, self.labels.fields if self.labels else ())
         self.decides = options.split_column or options.group_column
         self.by_row = options.group == ROW
@@ -74,6 +78,19 @@ class Structures(PlainSource):
 
     @property
     def fields(self) -> tuple[Field, ...]:
+        found = self.atom_fields
+        taken = {field.name for field in found}
+        for field in self.properties.fields:
+            if field.name in taken:
+                raise DataError(
+                    f"property {field.name!r} has the name of a field that structures have anyway: "
+                    "give it another one in a --map FILE"
+                )
+        return (*found, *self.properties.fields)
+
+    @property
+    def atom_fields(self) -> tuple[Field, ...]:
+        """All but the properties."""
         single, a = self.single, "angstrom"
         found = [
             _field("name", f"S{self.longest}", "", "file, or identifier in it"),
@@ -98,14 +115,7 @@ class Structures(PlainSource):
                 _field("edge_image", "int8", "1", about, (3,), "edge"),
                 _field("distance", "float32", a, "between them", (), "edge"),
             ]
-        taken = {field.name for field in found}
-        for field in self.properties.fields:
-            if field.name in taken:
-                raise DataError(
-                    f"property {field.name!r} has the name of a field that structures have anyway: "
-                    "give it another one in a --map FILE"
-                )
-        return (*found, *self.properties.fields)
+        return tuple(found)
 
     def notes(self) -> list[str]:
         unused = self.labels.notes(self.files, self.root) if self.labels and self.one_each else []
@@ -117,9 +127,7 @@ class Structures(PlainSource):
     def _name(self, file: Path) -> str:
         return names_of(file, self.root)[1]
 
-    # records
-
-    def _records(self) -> Iterator[tuple[Record | BadRecord, int]]:
+    def records(self) -> Iterator[tuple[Record | BadRecord, int]]:
         """Each with how far the source is after it."""
         done = 0
         for file, name in zip(self.files, self.formats, strict=True):
@@ -136,7 +144,7 @@ class Structures(PlainSource):
     def chunks(self) -> Iterator[Chunk]:
         waiting: list[Record | BadRecord] = []
         at = 0
-        for record, at in self._records():
+        for record, at in self.records():
             waiting.append(record)
             if len(waiting) == _PER_CHUNK:
                 yield Chunk(tuple(waiting), at)
@@ -178,17 +186,17 @@ class Structures(PlainSource):
                 bad.append(record)
                 continue
             try:
-                good.append((record, *self._row(record)))
+                good.append((record, *self.row(record)))
             except DataError as error:
                 bad.append(BadRecord(record.where, str(error)))
         if not good:
             return Batch({}, tuple(bad))
         columns: dict[str, Array | Ragged] = {}
         problems: dict[str, Problems] = {}
+        remarks = {i: text for i, (_, _, row) in enumerate(good) if (text := row["remark"])}
         crystals = [crystal for _, crystal, _ in good]
-        for field in self.fields[: len(self.fields) - len(self.properties.fields)]:
-            values = [np.asarray(row[field.name], dtype=field.numpy) for _, _, row in good]
-            columns[field.name] = Ragged.from_rows(values) if field.axis else np.stack(values)
+        for field in self.atom_fields:
+            columns[field.name] = _column(field, [row for _, _, row in good])
         labels = [row["labels"] for _, _, row in good]
         self.properties.fill(columns, problems, crystals, labels)
         if self.decides is None:
@@ -200,9 +208,28 @@ class Structures(PlainSource):
             ]
         if not self.by_row:
             with_split(columns, problems, self.splits, keys)
-        return good_rows(columns, problems, lambda row: good[row][0].where, bad)
+        return good_rows(columns, problems, lambda row: good[row][0].where, bad, remarks)
 
-    def _row(self, record: Record) -> tuple[Crystal, dict[str, Any]]:
+    def collect(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Note compositions in several splits, which a given split does not keep apart.
+
+        Holds about 200 bytes a composition.
+        """
+        seen: dict[bytes, dict[int, bytes]] = {}  # formula -> split -> name of the first
+        for batch in batches:
+            if self.decides and batch.count:
+                names, formulas, splits = (batch.rows[n] for n in ("name", "formula", SPLIT.name))
+                for name, formula, split in zip(names, formulas, splits, strict=True):
+                    seen.setdefault(bytes(formula), {}).setdefault(int(split), bytes(name))
+            yield batch
+        several = {formula: found for formula, found in seen.items() if len(found) > 1}
+        self.crossing = len(several)
+        for formula, found in itertools.islice(several.items(), LISTED):
+            where = ", ".join(f"{SPLITS[s]} ({found[s].decode()}, ...)" for s in sorted(found))
+            self.across.append(f"{formula.decode()}: {where}")
+
+    def row(self, record: Record) -> tuple[Crystal, dict[str, Any]]:
+        """What is stored of it, by field, with its labels and a remark. Raises DataError."""
         crystal = self._crystal(record)
         formula = crystal.formula.encode()
         if len(formula) > _FORMULA:
@@ -215,18 +242,21 @@ class Structures(PlainSource):
             "atomic_number": crystal.numbers,
             "position": crystal.positions,
             "labels": None,
+            "remark": "",
         }
         if self.labels is not None:
             names = [record.name, *names_of(record.file, self.root)]
             row["labels"] = self.labels.of(names if self.one_each else names[:1])
             if row["labels"] is None:
                 raise DataError(f"not in {self.labels.path}")
+        found = neighbours_of(crystal, self.cutoff or CLOSEST, self.nearest)
+        require_apart(found)
         if self.cutoff is not None:
-            found = neighbours_of(crystal, self.cutoff, self.nearest)
             row |= {
                 "edge_index": found.pairs,
                 "edge_image": found.images,
                 "distance": found.distances,
+                "remark": _isolated(crystal, found, self.cutoff),
             }
         return crystal, row
 
@@ -236,6 +266,48 @@ class Structures(PlainSource):
             with readable("cannot be read"), opened(record.file) as (stream, _):
                 content = stream.read().decode(errors="replace")
         return _PARSERS[record.format](content)
+
+
+def _column(field: Field, rows: Sequence[Mapping[str, Any]]) -> Array | Ragged:
+    values = [np.asarray(row[field.name], dtype=field.numpy) for row in rows]
+    return Ragged.from_rows(values) if field.axis else np.stack(values)
+
+
+def read_structures(
+    path: Path, cutoff: float, nearest: int | None
+) -> tuple[list[str], dict[str, Array | Ragged]]:
+    """Structures of a file or folder, not stored: the name of each, and fields as an import has them.
+
+    Raises DataError naming every record that cannot be used.
+    """
+    options = ImportOptions(kind="structure", cutoff=cutoff, max_neighbours=nearest, group=ROW)
+    source = Structures(inputs_of([path], options), options, labelled=False)
+    rows, bad = list[dict[str, Any]](), list[BadRecord]()
+    for record, _ in source.records():
+        if isinstance(record, BadRecord):
+            bad.append(record)
+            continue
+        try:
+            rows.append(source.row(record)[1])
+        except DataError as error:
+            bad.append(BadRecord(record.where, str(error)))
+    if bad or not rows:
+        raise DataError(f"{path}: {counted(len(bad), 'structure')} cannot be used:{listed(bad)}")
+    source.longest = max(len(row["name"]) for row in rows)
+    columns = {field.name: _column(field, rows) for field in source.atom_fields}
+    return [row["name"].decode() for row in rows], columns
+
+
+def _isolated(crystal: Crystal, found: Neighbours, cutoff: float) -> str:
+    """What to say of atoms without any neighbour; "" if there are none."""
+    counts = np.bincount(found.pairs[:, 0], minlength=len(crystal.numbers))
+    alone = np.flatnonzero(counts == 0).tolist()
+    if not alone:
+        return ""
+    shown = ", ".join(map(str, alone[:5])) + (", ..." if len(alone) > 5 else "")
+    one = len(alone) == 1
+    atoms, have = f"atom{'' if one else 's'} {shown}", "has" if one else "have"
+    return f"{atoms} {have} no neighbour within {cutoff:g} angstrom"
 
 
 _PARSERS: Mapping[str, Callable[[Any], Crystal]] = {
