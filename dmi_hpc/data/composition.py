@@ -22,6 +22,7 @@ from dmi_hpc.data.elements import (
     parse_formula,
     reduced_formula,
 )
+from dmi_hpc.data.importing.crossing import Crossing
 from dmi_hpc.data.importing.csvs import CsvFiles, Lines, by_line
 from dmi_hpc.data.importing.options import ImportOptions
 from dmi_hpc.data.importing.records import (
@@ -200,7 +201,7 @@ class Compositions(PlainSource):
     def collect(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Apply options.duplicates: "keep" as they come; the others hold all rows, about 1 kB each."""
         if self.options.duplicates == "keep":
-            yield from batches
+            yield from self._watched(batches)
             return
         columns: dict[str, list[Array]] = {}
         by_key: dict[str, list[int]] = {}
@@ -215,6 +216,18 @@ class Compositions(PlainSource):
         if count:
             whole = {name: np.concatenate(columns.pop(name)) for name in list(columns)}
             yield from self._merged(whole, by_key)
+
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """As they come; compositions in several splits, which a given split does not keep apart, are
+        noted."""
+        crossing = Crossing()
+        for batch in batches:
+            if self.given is not None and batch.count:
+                columns = (np.asarray(batch.rows[name]) for name in (SPLIT.name, "file", "line"))
+                for key, split, file, line in zip(batch.keys, *columns, strict=True):
+                    crossing.add(key, int(split), f"{self.files[file]}:{line}")
+            yield batch
+        self.crossing, self.across = crossing.found()
 
     def _merged(self, whole: dict[str, Array], by_key: dict[str, list[int]]) -> Iterator[Batch]:
         """One row for each composition, in order of its first line."""
