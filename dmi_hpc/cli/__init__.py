@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "search": ("search.cli", "asynchronous genetic search for the best network"),
     "evaluate": ("dmi_hpc.cli.evaluate", "score a trained network next to the baselines"),
+    "study": ("dmi_hpc.cli.study", "a recipe with several seeds, folds or sizes, and their spread"),
     "predict": ("dmi_hpc.cli.predict", "predict a user's inputs with a trained network"),
     "export": ("dmi_hpc.cli.export", "a trained network for other programs: ONNX, torch.export"),
     "report": ("dmi_hpc.cli.report", "one self-contained HTML file of a run"),

@@ -83,6 +83,28 @@ def train(recipe: RecipeFile, out: Out = None, resume: Resume = False) -> None:
                         _finish(job, plan.run, result)
 
 
+def train_alone(run: Run) -> None:
+    """Train `run` on this process alone, on from what is there; a finished training is left as it is.
+
+    Raises Interrupted at a stop signal, with all state saved.
+    """
+    from dmi_hpc import collectives
+    from dmi_hpc.world import World
+
+    world = World()
+    device = collectives.device_of(world)
+    plan = plan_of(run)
+    with (
+        stop_on_signals() as stop,
+        exclusive(run.train, "training"),
+        collectives.group(world, device),
+    ):
+        if begin(plan, resume=True) is None:
+            with _state_on_disk(run.train / "status.json", first=True):
+                job = _job_of(plan, world, device)
+                _finish(job, run, _fit(job, run, True, stop))
+
+
 def _job_of(plan: Plan, world: World, device: torch.device) -> Job:
     """Open the data; what this rank is to train."""
     import torch

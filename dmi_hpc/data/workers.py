@@ -48,11 +48,11 @@ def _one_thread_each() -> Iterator[None]:
 
 def _enter(initializer: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with_parent, daemon=True).start()
     initializer(*arguments)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A killed parent cannot stop its pool: without this its workers would stay for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in workers only"

@@ -24,6 +24,12 @@ def make_task(table: Mapping[str, Any]) -> Task:
     """The task of a recipe's [task] table, its options checked. Raises RecipeError."""
     options = {k: v for k, v in table.items() if k != "name"}
     name = str(table["name"])
+    found = task_class(name)
+    return found(name, parse(found.Options, options, where="task"))
+
+
+def task_class(name: str) -> type[Task]:
+    """Raises RecipeError if there is none of that name."""
     target = TASKS.get(name, name)
     module_name, _, class_name = target.partition(":")
     if not class_name:
@@ -37,7 +43,7 @@ def make_task(table: Mapping[str, Any]) -> Task:
         raise RecipeError(f"task.name '{name}': {error}. Is its folder on PYTHONPATH?") from error
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise RecipeError(f"task.name '{name}': expected a subclass of dmi_hpc.tasks.base.Task")
-    return found(name, parse(found.Options, options, where="task"))
+    return found
 
 
 def check_recipe(recipe: Recipe, *, where: str) -> None:

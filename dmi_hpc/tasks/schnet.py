@@ -40,7 +40,7 @@ class SchNetOptions(Config):
     """[task] of a recipe of energies and forces."""
 
     energy: str = Option("energy_per_atom", description="field of the energy, eV/atom")
-    forces: str | None = Option("forces", description="field of the forces, eV/angstrom; or none")
+    forces: str = Option("forces", description='field of the forces, eV/angstrom; "": none')
     cutoff: float = Option(5.0, gt=0, description="of the neighbours, angstrom, as imported")
     gaussians: int = Option(50, ge=2, description="of the length of an edge")
     channels: int = Option(64, ge=1)
@@ -67,7 +67,7 @@ class SchNet(Task):
         self.o = cast(SchNetOptions, options)
         self.quantity = Quantity(self.o.energy, "eV/atom")  # type: ignore[misc]
         self.target_field = self.o.energy  # type: ignore[misc]
-        self.force_field = self.o.forces  # type: ignore[misc]
+        self.force_field = self.o.forces or None  # type: ignore[misc]
 
     @property
     def input_shape(self) -> tuple[int, ...]:

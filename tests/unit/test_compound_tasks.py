@@ -171,7 +171,7 @@ def test_scores_of_forces_count_each_atom_once(atoms):
 
 
 def test_energies_alone_need_no_forces(atoms):
-    problem = potential(atoms, forces=None)
+    problem = potential(atoms, forces="")
     assert problem.fields == (*problem.task.input_fields, "energy_per_atom")
     network = problem.task.published_network()
     assert not network.forces

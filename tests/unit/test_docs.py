@@ -38,7 +38,7 @@ from dmi_hpc.files import write_text
 from dmi_hpc.models.spec import LAYERS
 from dmi_hpc.report import write_report
 from dmi_hpc.run import open_run
-from dmi_hpc.tasks import TASKS, make_task
+from dmi_hpc.tasks import TASKS, make_task, task_class
 from search.evolution.evolve import Evolution, EvolutionConfig, Success
 from search.setting import founder_defaults
 from search.spaces.genome import to_json
@@ -341,7 +341,7 @@ def choices(annotation: typing.Any) -> set[str]:
 
 
 def documented_models() -> dict[str, type]:
-    tasks = {f'[task] name = "{name}"': type(make_task({"name": name})).Options for name in TASKS}
+    tasks = {f'[task] name = "{name}"': task_class(name).Options for name in TASKS}
     return {"Top level": Recipe, **tasks, **TABLES}
 
 

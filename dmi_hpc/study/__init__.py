@@ -1,0 +1,1 @@
+"""Many trainings of one recipe: seeds, folds, learning curves, and what they say together."""
