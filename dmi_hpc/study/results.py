@@ -185,6 +185,7 @@ def _table(points: Sequence[Mapping[str, Any]]) -> list[str]:
     head = ["", "seeds", "test rows", *(title for _, title, _ in scores)]
     head += [f"ensemble {scores[0][1]}"] * several
     head += [f"{b['label']} {scores[0][1]}" for b in points[0]["baselines"]]
+    head += ["weights", "training / s"]
     lines = [f"{points[0]['quantity']}{unit}; mean ± deviation over the seeds", ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for point in points:
@@ -194,13 +195,28 @@ def _table(points: Sequence[Mapping[str, Any]]) -> list[str]:
             ensemble = point["ensemble"] or {}
             row.append(_number(ensemble.get(scores[0][0]), scores[0][2]))
         row += [_number(b.get(scores[0][0]), scores[0][2]) for b in point["baselines"]]
+        row += [f"{point['parameters']:,}", f"{_mean(list(point['seconds'].values())):,.0f}"]
         lines.append(f"| {' | '.join(row)} |")
     lines += [""]
+    if any(point["others"] for point in points):
+        lines += [*_further(points), ""]
     for figure in points[0]["published"]:
         kept = {k: v for k, v in figure.items() if k not in ("label", "source") and v is not None}
         told = ", ".join(f"{name} {value:g}" for name, value in kept.items())
         lines.append(f"- published: {figure['label']}, {told} ({figure['source']})")
     return [*lines, ""]
+
+
+def _further(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What else the same networks predict."""
+    lines = ["| | quantity | MAE | RMSE | R2 | best baseline MAE |", "|---|---|---|---|---|---|"]
+    for point in points:
+        for other in point["others"]:
+            best = min((b["mae"] for b in other["baselines"]), default=None)
+            scores = [_spread(other, name, 4) for name in ("mae", "rmse", "r2")]
+            row = [_name(point), other["quantity"], *scores, _number(best, 4)]
+            lines.append(f"| {' | '.join(row)} |")
+    return lines
 
 
 def _over_points(points: Sequence[Mapping[str, Any]]) -> list[str]:
