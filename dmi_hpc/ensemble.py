@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from pydantic import Field, ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from dmi_hpc.config import Config
 from dmi_hpc.errors import CheckpointError, FormatVersionError
 from dmi_hpc.export import export
 from dmi_hpc.files import atomic_folder, write_json
+from dmi_hpc.models.graphs import Inputs, Output, mean_of
 from dmi_hpc.predict import ENSEMBLE, Model, load
 from dmi_hpc.tasks.base import Array
 
@@ -59,8 +60,8 @@ class Mean(nn.Module):
         super().__init__()
         self.networks = nn.ModuleList(networks)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return torch.stack([network(inputs) for network in self.networks]).mean(0)
+    def forward(self, inputs: Inputs) -> Output:
+        return mean_of([network(inputs) for network in self.networks])
 
 
 @dataclass(frozen=True)

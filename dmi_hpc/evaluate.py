@@ -20,7 +20,15 @@ from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.data.ranges import Rows
 from dmi_hpc.data.reader import ShardSet
 from dmi_hpc.data.sampler import Order
-from dmi_hpc.models.graphs import EnergyForces, Graphs, Inputs, inputs_of, tensors_of
+from dmi_hpc.models.graphs import (
+    EnergyForces,
+    Graphs,
+    Inputs,
+    Output,
+    inputs_of,
+    tensors_of,
+    values_of,
+)
 from dmi_hpc.problem import Problem
 from dmi_hpc.scores import Scorers, Scores
 from dmi_hpc.targets import Scale, TargetScale
@@ -66,7 +74,7 @@ class Predictor:
         for start in range(0, n, size):
             part = {name: part_of(each, start, start + size) for name, each in fields.items()}
             inputs = inputs_of(self._inputs(part)).to(self.device)
-            outputs.append(_values(self.module(inputs)).cpu().numpy())
+            outputs.append(values_of(self.module(inputs)).float().cpu().numpy())
         return self.scale.unscale(np.concatenate(outputs[1:] or outputs))
 
     @torch.no_grad()
@@ -112,11 +120,11 @@ class Predictor:
         )
 
     def _predicted(
-        self, batch: Batch, output: Tensor | EnergyForces, inputs: Inputs, carry: Sequence[str]
+        self, batch: Batch, output: Output, inputs: Inputs, carry: Sequence[str]
     ) -> Predicted:
         real = int(np.count_nonzero(batch.weights))  # padding is at the end
         fields = {name: batch.fields[name][:real] for name in carry if name in self._rowwise(batch)}
-        values = self.scale.unscale(_values(output)[:real].cpu().numpy())
+        values = self.scale.unscale(values_of(output)[:real].float().cpu().numpy())
         found = Predicted(batch.positions[:real], batch.rows[:real], fields, values)
         if not isinstance(output, EnergyForces):
             return found
@@ -153,12 +161,6 @@ def evaluate_rows(
     for part in predictor.of_rows(problem.shards, rows, world, carry=fields, threads=threads):
         scorers.update(part.values, problem.target(part.fields), part.force_errors)
     return scorers.scores(lambda sums: collectives.sum_(sums.to(predictor.device)).cpu())
-
-
-def _values(output: Tensor | EnergyForces) -> Tensor:
-    """What is predicted of each row, in network units: (n,), or (n, k)."""
-    values = output.energy if isinstance(output, EnergyForces) else output
-    return values.squeeze(1).float()
 
 
 def part_of(values: Any, start: int, stop: int) -> Any:

@@ -29,7 +29,7 @@ from dmi_hpc.config import Config
 from dmi_hpc.errors import CheckpointError, DataError, FormatVersionError, RunError
 from dmi_hpc.files import atomic_folder, write_json, write_text
 from dmi_hpc.models.build import build
-from dmi_hpc.models.graphs import Inputs, nominal_graphs
+from dmi_hpc.models.graphs import Inputs, nominal_graphs, values_of
 from dmi_hpc.models.spec import NetworkSpec
 from dmi_hpc.run import versions
 from dmi_hpc.targets import Scale, TargetScale
@@ -81,9 +81,9 @@ class InFieldUnits(nn.Module):
         self.network, self.scale = network, scale
 
     def forward(self, inputs: Tensor) -> Tensor:
-        output, heads = self.network(inputs), self.scale.heads
+        output, heads = values_of(self.network(inputs)), self.scale.heads
         if len(heads) == 1:
-            return _in_field_units(output.squeeze(1), heads[0])
+            return _in_field_units(output, heads[0])
         return torch.stack([_in_field_units(output[:, k], h) for k, h in enumerate(heads)], dim=1)
 
 
@@ -219,7 +219,7 @@ def _check(network: nn.Module, model: Model, folder: Path, spec: Export) -> None
     """Raises CheckpointError unless the file, read back, predicts the same for random inputs."""
     inputs = _example(model, _CHECKED_ROWS)
     with torch.no_grad():
-        wanted = model.scale.unscale(network(inputs).squeeze(1).numpy())
+        wanted = model.scale.unscale(values_of(network(inputs)).numpy())
     found = _OUTPUTS[spec.kind](folder, inputs)
     spread = max(head.unit for head in model.scale.heads)
     if found.shape != wanted.shape or not np.allclose(

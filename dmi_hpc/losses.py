@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from dmi_hpc.config import TrainConfig
-from dmi_hpc.models.graphs import EnergyForces, Graphs, Inputs
+from dmi_hpc.models.graphs import EnergyForces, Graphs, Inputs, Output
 from dmi_hpc.targets import Scale, TargetScale
 
 
 def row_losses(
     config: TrainConfig,
     scale: Scale,
-    output: Tensor | EnergyForces,
+    output: Output,
     targets: Tensor,
     inputs: Inputs,
 ) -> Tensor:

@@ -78,11 +78,12 @@ def cost(spec: NetworkSpec) -> Cost:
     afters = shapes(spec)
     weights, uses, activations = _row(spec.layers, spec.enters, afters)
     head_weights, head_uses = _head(spec, (spec.enters, *afters)[-1])
-    passes = 2 if spec.forces else 1  # forces: a backward pass to the edges, which is kept as well
+    # forces are a backward pass to the edges, which itself keeps what its own backward pass needs
+    passes, kept = (2, 3) if spec.forces else (1, 1)
     return Cost(
         weights + head_weights,
         2 * passes * (uses + head_uses),
-        prod(spec.input_shape) + passes * activations,
+        prod(spec.input_shape) + kept * activations,
     )
 
 

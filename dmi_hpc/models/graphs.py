@@ -5,7 +5,7 @@ All nodes of a batch lie behind each other, as do all edges: nothing is padded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
@@ -108,6 +108,22 @@ class EnergyForces(NamedTuple):
     def float(self) -> EnergyForces:
         """In float32, as of a tensor."""
         return EnergyForces(self.energy.float(), self.forces.float())
+
+
+Output = Tensor | EnergyForces
+
+
+def values_of(output: Output) -> Tensor:
+    """What is predicted of each row, in network units: (n,), or (n, k)."""
+    return (output.energy if isinstance(output, EnergyForces) else output).squeeze(1)
+
+
+def mean_of(outputs: Sequence[Output]) -> Output:
+    """The mean output of several networks."""
+    if isinstance(outputs[0], EnergyForces):
+        energy, forces = (torch.stack(each).mean(0) for each in zip(*outputs, strict=True))
+        return EnergyForces(energy, forces)
+    return torch.stack([values for values in outputs if isinstance(values, Tensor)]).mean(0)
 
 
 def inputs_of(tensors: Mapping[str, Tensor]) -> Inputs:

@@ -48,6 +48,11 @@ class ContinuousFilterConv(OnGraphs):
         self.leave = nn.Sequential(
             nn.Linear(filters, channels), ShiftedSoftplus(), nn.Linear(channels, channels)
         )
+        for part in self.modules():  # as the authors: torch's own leaves next to no forces
+            if isinstance(part, nn.Linear):
+                nn.init.xavier_uniform_(part.weight)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
 
     def forward(self, values: Tensor, graphs: Graphs) -> Tensor:
         here, there = graphs.ends.unbind(1)

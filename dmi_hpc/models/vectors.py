@@ -53,6 +53,11 @@ def set_standardization(module: nn.Module, batches: Iterable[Tensor]) -> None:
     layer.std.copy_(torch.where(std > CONSTANT * mean.abs(), std, 1.0))
 
 
+def standardizes(name: str) -> bool:
+    """Whether the tensor of a network with this name belongs to its standardization."""
+    return name.partition(".")[0] == STANDARDIZE
+
+
 class Part(nn.Module):
     """Entries `start` up to `stop` of each row: (N, F) -> (N, stop - start)."""
 

@@ -18,10 +18,12 @@ from dmi_hpc.config import TrainConfig
 from dmi_hpc.data.importing.options import ROW, ImportOptions
 from dmi_hpc.data.importing.run import import_files
 from dmi_hpc.data.periodic import PROPERTIES, periodic_table
+from dmi_hpc.ensemble import Calibration, save_ensemble
 from dmi_hpc.errors import DataError
 from dmi_hpc.evaluate import evaluate_rows
 from dmi_hpc.job import Job
 from dmi_hpc.models.build import build
+from dmi_hpc.predict import Model, load
 from dmi_hpc.problem import Problem
 from dmi_hpc.run import open_run
 from dmi_hpc.tasks import make_task
@@ -178,6 +180,25 @@ def test_energies_alone_need_no_forces(atoms):
     result = fit(Job(problem, network, CONFIG, 0), Silent(), resume=False, warn=print)
     train, test = problem.split("train"), problem.split("validation")
     assert result.best_error < np.abs(test[1] - train[1].mean()).mean()
+
+
+def test_an_ensemble_of_potentials_is_exported_and_predicts_the_mean(atoms, tmp_path):
+    problem = potential(atoms)
+    task, network = problem.task, problem.task.published_network()
+    members = {}
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        about = (build(network).eval(), 4, network, f"step-{seed}", "abc", {})
+        members[f"m{seed}"] = Model(task, problem.scale, *about)
+    save_ensemble(tmp_path / "ensemble", members, Calibration(), {})
+    ensemble, rows = load(tmp_path / "ensemble", device="cpu"), np.arange(4)
+    found = next(iter(ensemble.of_rows(problem.shards, rows, World())))
+    each = [next(iter(m.of_rows(problem.shards, rows, World()))) for m in members.values()]
+    np.testing.assert_allclose(found.values, np.mean([e.values for e in each], 0), rtol=1e-5)
+    forces = np.mean([e.forces for e in each], 0)
+    np.testing.assert_allclose(found.forces, forces, atol=1e-5)
+    fields = problem.shards.fields(task.input_fields, rows)
+    np.testing.assert_allclose(ensemble.predict(fields), found.values, rtol=1e-5)
 
 
 def test_micro_batches_of_forces_are_the_same_training(atoms):
