@@ -124,7 +124,7 @@ def import_(
         "quantity": quantity,
         "unit": unit,
         "duplicates": duplicates,
-        "hold_out": tuple(hold_out.split(",")) if hold_out else (),
+        "hold_out": tuple(part.strip() for part in hold_out.split(",")) if hold_out else (),
         "delimiter": "\t" if delimiter == "\\t" else delimiter,
         "labels": labels,
         "masks": masks,
