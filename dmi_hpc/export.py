@@ -143,7 +143,8 @@ def _example(model: Model, rows: int) -> Inputs:
     if model.network.graph is not None:
         return nominal_graphs(model.network, rows)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, *model.network.input_shape, generator=generator)
+    # not negative: some networks read whole numbers from their inputs
+    return torch.rand(rows, *model.network.input_shape, generator=generator)
 
 
 def _safetensors(network: nn.Module, model: Model, path: Path) -> None:
@@ -302,7 +303,8 @@ model = load("FOLDER")
 model.predict({{{fields}}})    # (n,) in {unit}; it prepares the inputs, too
 
 Without DMI-HPC: weights.safetensors holds the tensors, named as in a torch.nn.Sequential of the
-layers in model.json and a last linear one; of its output y, prediction = {unscaled}""",
+layers in model.json and a last linear one (standardize.mean and .std: of inputs, before it); of its
+output y, prediction = {unscaled}""",
     "torch": """\
 import torch
 network = torch.export.load("FOLDER/model.pt2").module()

@@ -37,6 +37,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("dmi_hpc.cli.evaluate", "score a trained network next to the baselines"),
     "study": ("dmi_hpc.cli.study", "a recipe with several seeds, folds or sizes, and their spread"),
     "predict": ("dmi_hpc.cli.predict", "predict a user's inputs with a trained network"),
+    "screen": (
+        "dmi_hpc.cli.screen",
+        "all compositions of chosen elements, ranked by the convex hull",
+    ),
+    "project": ("dmi_hpc.cli.project", "inputs as a trained network sees them, layer by layer"),
     "export": ("dmi_hpc.cli.export", "a trained network for other programs: ONNX, torch.export"),
     "report": ("dmi_hpc.cli.report", "one self-contained HTML file of a run"),
     "launch": ("launch.cli", "start any of these, or all: here, on many nodes, as a job"),

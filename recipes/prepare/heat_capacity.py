@@ -63,7 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("train", type=Path, help="CSV: formula, T (K), Cp (J/(mol K))")
     parser.add_argument("test", type=Path, help="CSV of the same columns")
     parser.add_argument("out", type=Path, help="CSV to be written; must not be there yet")
-    parser.add_argument("--folds", type=int, default=7, help="parts of the training compositions")
+    parser.add_argument("--folds", type=int, default=5, help="parts of the training compositions")
     parser.add_argument("--fold", type=int, default=0, help="the part that validates")
     parser.add_argument("--seed", type=int, default=0, help="of the parts")
     return parser.parse_args()

@@ -1,8 +1,8 @@
 """Materials Project structures in HDF5 -> atomic fingerprints of their sites, for `dmi data import`.
 
 The HDF5 file is that of recipes/prepare/mp_structures.py. Written is one row for each symmetry-distinct
-site: its fingerprint, its element, how many atoms of the reduced formula it stands for, and of which
-structure, formula and template it is. A template is a structure type with the elements left out: space
+site: its fingerprint, its element, how many atoms of the cell it stands for, and of which structure,
+formula and template it is. A template is a structure type with the elements left out: space
 group, and the Wyckoff positions of each element. Structures that cannot be drawn are told.
 
     python recipes/prepare/sites.py mp_structures_106113.h5 sites.h5 --random 25000
@@ -24,10 +24,12 @@ import h5py
 import numpy as np
 
 from dmi_hpc.errors import DataError
+from dmi_hpc.files import atomic_file
 from dmi_hpc.physics.fingerprints import PIXELS, VIEWS, fingerprints
 
 Array = np.ndarray[Any, np.dtype[Any]]
 TOLERANCE = 0.01  # angstrom, of symmetry
+LENGTHS = {"formula": 24, "template": 96, "structure": 20}  # of texts
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,15 @@ def main() -> None:
     options = _options()
     with h5py.File(options.source) as file:
         structures = list(chosen(file, options))
-    bad, rows, done = [], 0, 0
-    with h5py.File(options.out, "x") as out:
-        made = _made(structures, options.processes)
-        for sites in made:
-            done += 1
+    if options.out.exists():
+        sys.exit(f"{options.out} is there already")
+    bad, rows = [], 0
+    with atomic_file(options.out) as temp, h5py.File(temp, "w") as out:
+        for done, sites in enumerate(_made(structures, options.processes), start=1):
             if isinstance(sites, str):
                 bad.append(sites)
-                continue
-            rows += _append(out, sites)
+            else:
+                rows += _append(out, sites)
             if done % 1000 == 0:
                 sys.stderr.write(f"{done} of {len(structures)} structures, {rows} sites\n")
     for line in bad:
@@ -126,6 +128,8 @@ def _append(out: h5py.File, sites: Sites) -> int:
     m = len(sites.numbers)
     text = {"formula": sites.formula, "template": sites.template,
             "structure": f"mb-mp-gap-{sites.row + 1:06d}"}  # fmt: skip
+    if long := [name for name, value in text.items() if len(value) > LENGTHS[name]]:
+        sys.exit(f"{text['structure']}: {', '.join(long)} of more than {LENGTHS[long[0]]} letters")
     columns: dict[str, Array] = {
         "fingerprint": sites.fingerprints,
         "element": sites.numbers.astype(np.uint8) - 1,
@@ -144,9 +148,6 @@ def _append(out: h5py.File, sites: Sites) -> int:
         out[name].resize(len(out[name]) + m, axis=0)
         out[name][-m:] = values
     return m
-
-
-LENGTHS = {"formula": 24, "template": 96, "structure": 20}
 
 
 def _options() -> argparse.Namespace:

@@ -141,6 +141,8 @@ def encode(
         found, expected = getattr(spec, name), getattr(network, name)
         if found != expected:
             raise NetworkError(f"{name} of the network is {found}, the search space has {expected}")
+    if spec.basis is not None:
+        raise NetworkError("networks in a radial basis, of energies and forces, cannot be searched")
     pairs = tuple(sorted((hyper or {}).items()))
     layers = Layers(spec.layers)
     if network.graph is not None:

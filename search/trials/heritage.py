@@ -20,6 +20,7 @@ from dmi_hpc.config import StartConfig
 from dmi_hpc.evaluate import evaluate_rows
 from dmi_hpc.job import Job
 from dmi_hpc.models.build import build
+from dmi_hpc.models.vectors import standardizes
 from search.records.kept import Origin, Trained
 from search.trials.inherit import Weights, inherited
 
@@ -46,6 +47,8 @@ def heritage(job: Job, parents: Sequence[tuple[int, Trained]], number: int) -> H
         return None
     torch.manual_seed(job.seed)  # the weights that `fit` would begin with
     fresh = build(job.network).state_dict()
+    known = parents[0][1].weights  # all standardize alike, by the training rows
+    fresh |= {name: tensor for name, tensor in known.items() if standardizes(name)}
     ignorant, least, found = _error(job, fresh), np.inf, None
     best = min(trained.error for _, trained in parents)
     for parent, trained in parents:

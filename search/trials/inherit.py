@@ -39,7 +39,7 @@ from dmi_hpc.models.spec import (
     Upsample,
     shapes,
 )
-from dmi_hpc.models.vectors import STANDARDIZE
+from dmi_hpc.models.vectors import standardizes
 
 Weights = Mapping[str, torch.Tensor]
 Fate = Literal["copied", "resized", "identity", "new"]
@@ -93,11 +93,7 @@ def inherited(
 
 def _is_trained(name: str) -> bool:
     statistics = ("running_mean", "running_var", "num_batches_tracked")
-    return not _standardizes(name) and not name.endswith(statistics)
-
-
-def _standardizes(name: str) -> bool:
-    return name.partition(".")[0] == STANDARDIZE
+    return not standardizes(name) and not name.endswith(statistics)
 
 
 @dataclass(frozen=True)
@@ -211,7 +207,7 @@ class _Transfer:
     def _standardization(self) -> None:
         """Weights are worth something for inputs as they were trained on alone."""
         for name in self.result:
-            if _standardizes(name):
+            if standardizes(name):
                 self.result[name].copy_(self._weights[name])
 
     def _lose(self, here: int, there: int) -> None:

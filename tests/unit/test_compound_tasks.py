@@ -19,7 +19,7 @@ from dmi_hpc.data.importing.options import ROW, ImportOptions
 from dmi_hpc.data.importing.run import import_files
 from dmi_hpc.data.periodic import PROPERTIES, periodic_table
 from dmi_hpc.ensemble import Calibration, save_ensemble
-from dmi_hpc.errors import DataError
+from dmi_hpc.errors import DataError, RecipeError
 from dmi_hpc.evaluate import evaluate_rows
 from dmi_hpc.job import Job
 from dmi_hpc.models.build import build
@@ -226,6 +226,20 @@ def test_a_run_of_forces_from_recipe_to_report(atoms, tmp_path):
     page = (run / "report.html").read_text()
     assert "forces MAE" in page
     assert assess(open_run(run), "validation", network_only=True)["rows"] > 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"activation_checkpointing": True}, "activations cannot be computed twice yet"),
+        ({"engine": "deepspeed", "zero_stage": 3}, "needs its weights whole: choose 0, 1 or 2"),
+    ],
+)
+def test_what_networks_of_forces_cannot_have_is_refused(atoms, changes, said):
+    problem = potential(atoms)
+    job = Job(problem, problem.task.published_network(), CONFIG.model_copy(update=changes), 0)
+    with pytest.raises(RecipeError, match=said):
+        fit(job, Silent(), resume=False, warn=print)
 
 
 def test_configurations_of_unknown_elements_are_refused(atoms):

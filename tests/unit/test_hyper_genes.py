@@ -38,6 +38,7 @@ TRAIN = {
     "decay": FloatRange(low=0.05, high=0.9, when=STEPWISE),
     "decay_epochs": IntRange(low=1, high=50, log=True, when=STEPWISE),
     "loss": Choice(values=("mse", "mae", "huber")),
+    "force_weight": FloatRange(low=0.1, high=0.99),
     "clip_norm": Choice(values=(0.0, 0.1, 1.0, 10.0), ordered=True),
     "not_finite": Choice(values=("fail", "skip")),
     "augment": Choice(values=(True, False)),
@@ -173,12 +174,12 @@ def test_founders_need_values_of_what_is_active_alone():
         network=NetworkSpec(input_shape=(4,), layers=()),
         hyper={name: p.values[0] for name, p in TRAIN.items() if isinstance(p, Choice)},
     )
-    rates = {"learning_rate": 1e-3, "weight_decay": 1e-5, "accumulation": 1}
+    rates = {"learning_rate": 1e-3, "weight_decay": 1e-5, "accumulation": 1, "force_weight": 0.5}
     genome = founder_genome(founder, SPACE, rates)  # adam, constant: no momentum, no decay
     assert "momentum" not in dict(genome.hyper)
     assert genome == canonical(genome, SPACE)
     with pytest.raises(RunError, match="no value for learning_rate, weight_decay"):
-        founder_genome(founder, SPACE, {"accumulation": 1})
+        founder_genome(founder, SPACE, {"accumulation": 1, "force_weight": 0.5})
     with pytest.raises(RunError, match="accumulation must be a number"):
         founder_genome(founder, SPACE, {**rates, "accumulation": "many"})
 

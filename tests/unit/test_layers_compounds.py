@@ -8,6 +8,8 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional
 
+from dmi_hpc import checkpoint
+from dmi_hpc.config import StartConfig
 from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.errors import NetworkError
 from dmi_hpc.models import graph_layers
@@ -19,6 +21,7 @@ from dmi_hpc.models.spec import (
     Activation,
     Conv,
     Dense,
+    Dropout,
     Embedding,
     GraphConv,
     GraphInput,
@@ -33,6 +36,8 @@ from dmi_hpc.models.spec import (
     shapes,
 )
 from dmi_hpc.models.vectors import Standardize, set_standardization
+from dmi_hpc.targets import TargetScale
+from dmi_hpc.transfer import layer_scales, start_from
 from search.spaces.features import Features
 from search.spaces.genome import decode, encode, from_json, to_json
 from search.spaces.networks import Networks
@@ -232,6 +237,34 @@ def test_a_child_inherits_the_standardization():
     torch.testing.assert_close(child(rows_of_features()), parent(rows_of_features()))
     assert report.exact and report.parameters == cost(wider).parameters
     assert isinstance(child.standardize, Standardize)
+
+
+def test_a_transfer_matches_layers_by_place_and_brings_the_standardization(tmp_path):
+    torch.manual_seed(0)
+    source = build(STANDARDIZED)
+    set_standardization(source, [rows_of_features()])
+    scale = TargetScale(transform="identity", mean=1.0, std=2.0)
+    meta = checkpoint.Meta(
+        step=1,
+        epoch=0,
+        network=STANDARDIZED,
+        scale=scale,
+        task={"name": "toy_task:Toy"},
+        metrics={"validation_error": 0.1},
+    )
+    state = {"counters": {}, "optimizer": {}, "order": {}, "ranks": []}
+    path = checkpoint.save(tmp_path, meta, source.state_dict(), state)
+    layers = (Dense(units=3), Activation(), Dropout(rate=0.5))  # the head has another number
+    new = build(STANDARDIZED.model_copy(update={"layers": layers})).eval()
+    report = start_from(new, StartConfig(path=path), scale, print)
+    assert len(report.copied) == 6 and not report.new
+    torch.testing.assert_close(new(rows_of_features()), source(rows_of_features()))
+    plain = build(PLAIN)
+    assert set(start_from(plain, StartConfig(path=path), scale, print).unused) == {
+        "standardize.mean",
+        "standardize.std",
+    }
+    assert [*layer_scales(source, 0.5).values()] == [0.5, 0.5, 1.0, 1.0]
 
 
 # of graphs
