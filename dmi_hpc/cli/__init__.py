@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "dmi_hpc.cli.screen",
         "all compositions of chosen elements, ranked by the convex hull",
     ),
+    "rank": ("dmi_hpc.cli.rank", "compounds by substitution, ranked by a classifier of sites"),
     "project": ("dmi_hpc.cli.project", "inputs as a trained network sees them, layer by layer"),
     "export": ("dmi_hpc.cli.export", "a trained network for other programs: ONNX, torch.export"),
     "report": ("dmi_hpc.cli.report", "one self-contained HTML file of a run"),

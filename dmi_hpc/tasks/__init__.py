@@ -16,6 +16,7 @@ TASKS: dict[str, str] = {
     "elemnet": "dmi_hpc.tasks.elemnet:ElemNet",
     "homogenization": "dmi_hpc.tasks.homogenization:Homogenization",
     "roost": "dmi_hpc.tasks.roost:Roost",
+    "sites": "dmi_hpc.tasks.sites:Sites",
     "schnet": "dmi_hpc.tasks.schnet:SchNet",
 }
 

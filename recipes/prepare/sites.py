@@ -98,7 +98,8 @@ def sites_of(structure: Structure) -> Sites | str:
     from spglib import get_symmetry_dataset
 
     cell = np.asarray(Lattice.from_parameters(*structure.lattice).matrix)
-    found = get_symmetry_dataset((cell, structure.fractions, structure.numbers), TOLERANCE)
+    crystal: Any = (cell, structure.fractions, structure.numbers)  # arrays do, its types say lists
+    found = get_symmetry_dataset(crystal, TOLERANCE)
     if found is None:
         return f"mb-mp-gap-{structure.row + 1:06d}: no symmetry found"
     sites, atoms = np.unique(found.equivalent_atoms, return_counts=True)
