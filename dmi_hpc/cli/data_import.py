@@ -36,7 +36,7 @@ def import_(
     kind: Annotated[
         str,
         typer.Option(
-            "--as", help="composition|molecule|table|array|hdf5|image|structure; auto: by the names"
+            "--as", help="composition|table|array|hdf5|image|structure|molecule; auto: by the names"
         ),
     ] = "auto",
     format: Annotated[Text, typer.Option(help="csv, cif, ...: instead of the suffix")] = None,
@@ -200,7 +200,7 @@ def _show(report: ImportReport, path: Path) -> None:
     for group in report.duplicates[:5]:
         out.print(f"one row of the lines of {group}", markup=False)
     if report.repeated > 5:
-        more = counted(report.repeated - 5, "more composition")
+        more = counted(report.repeated - 5, "more compound")
         out.print(f"... and {more}: {path}", markup=False)
     for remark in report.remarks[:_SHOWN]:
         out.print(f"kept {remark}", markup=False)
@@ -209,7 +209,7 @@ def _show(report: ImportReport, path: Path) -> None:
     for group in report.across[:5]:
         out.print(f"in several splits: {group}", markup=False)
     if report.crossing > 5:
-        more = counted(report.crossing - 5, "more composition")
+        more = counted(report.crossing - 5, "more compound")
         out.print(f"... and {more}: {path}", markup=False)
     for note in report.notes:
         out.print(f"note: {note}", markup=False)

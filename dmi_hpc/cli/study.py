@@ -55,13 +55,14 @@ def study(
     folder = (out or Path("studies") / load_recipe(recipe).name).resolve()
     chosen = points(varied(vary or ()))
     found = members(recipe, chosen, _seeds(seeds), folder / "runs")
+    _require_data(found)
     first = {member.point.name: member for member in reversed(found)}
     works = [Work(member, baselines and first[member.point.name] is member) for member in found]
     with stop_on_signals() as stop, exclusive(folder, "study"):
         outcomes = _trained(works, folder, workers, stop)
-        if stop:
+        if stop or any(outcome.state == "interrupted" for outcome in outcomes.values()):
             raise Interrupted("all state is saved; the same command continues")
-        failed = _write(recipe, folder, found, outcomes)
+        failed = _write(folder, found, outcomes)
     if ensemble:
         _keep_ensembles(folder, found, outcomes)
     if failed:
@@ -80,6 +81,20 @@ def _seeds(text: str) -> list[int]:
             f"--seeds: found {text!r}, expected different whole numbers such as 0,1,2"
         )
     return found
+
+
+def _require_data(found: list[Member]) -> None:
+    """Raises RecipeError without data.path, DataError if there is no data set; before all trainings."""
+    from dmi_hpc.data.manifest import read_manifest
+    from dmi_hpc.errors import RecipeError
+
+    for path in dict.fromkeys(member.recipe.data.path for member in found):
+        if path is None:
+            raise RecipeError(
+                "data.path: missing. The seeds of a study learn from one data set: name it in the "
+                "recipe, or with --vary data.path=FOLDER"
+            )
+        read_manifest(path)
 
 
 def _trained(works: list[Work], folder: Path, workers: int, stop: StopFlag) -> dict[Path, Outcome]:
@@ -113,37 +128,45 @@ def _trained(works: list[Work], folder: Path, workers: int, stop: StopFlag) -> d
 def _is_done(work: Work) -> bool:
     """Trained to the end by this very recipe, and evaluated with what is asked for."""
     from dmi_hpc.run import open_run
+    from dmi_hpc.tasks import make_task
 
-    folder = work.member.folder
-    status, evaluation = folder / "train" / "status.json", folder / "evaluation.json"
-    if not (status.exists() and evaluation.exists()):
+    folder, recipe = work.member.folder, work.member.recipe
+    files = folder / "train" / "status.json", folder / "evaluation.json"
+    if not all(file.exists() for file in files):
         return False
-    open_run(folder, work.member.recipe)  # refuses another one's folder
-    finished = json.loads(status.read_text())["state"] == "finished"
-    methods = json.loads(evaluation.read_text())["methods"]
-    return finished and (len(methods) > 1 or not work.baselines)
+    open_run(folder, recipe)  # refuses another one's folder
+    status, evaluation = (json.loads(file.read_text()) for file in files)
+    if status.get("best_checkpoint") != evaluation["checkpoint"]:  # evaluated on its way
+        return False
+    compared = len(evaluation["methods"]) > 1 or not make_task(recipe.task).baselines()
+    return compared or not work.baselines
 
 
-def _write(recipe: Path, folder: Path, found: list[Member], outcomes: dict[Path, Outcome]) -> bool:
+def _write(folder: Path, found: list[Member], outcomes: dict[Path, Outcome]) -> bool:
     """results.json and results.md, which is shown, too; whether a training failed."""
     from dmi_hpc.files import write_json, write_text, writing
     from dmi_hpc.run import hardware, versions
-    from dmi_hpc.study.results import gathered, markdown, summary
+    from dmi_hpc.study.results import gathered, markdown, over_data, results_row, summary
 
     points = [summary(result) for result in gathered(found, outcomes)]
     machine, made = hardware(), versions()
+    gpus = machine["gpus"] if any("cuda" in point.get("device", "") for point in points) else []
     command = shlex.join(["dmi", *sys.argv[1:]])
     about: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": ", ".join([machine["cpu"], f"{machine['host_cores']} cores", *machine["gpus"]]),
+        "machine": ", ".join([machine["cpu"], f"{machine['host_cores']} cores", *gpus]),
         "versions": f"dmi-hpc {made['dmi-hpc']}, torch {made['torch']}",
     }
     if data := {point["data"] for point in points if "data" in point}:
         about["data"] = ", ".join(sorted(data))
-    text = markdown(found[0].recipe.name, command, about, points)
+    title = found[0].recipe.name
+    text = markdown(title, command, about, points)
+    rows = [results_row(title, command, about, point) for point in points if "mean" in point]
+    as_rows = ["", "As a row of a list of results:", "", "```", *rows, "```", ""] if rows else []
+    content = {"command": command, **about, "points": points, "over_data": over_data(points)}
     with writing(folder):
-        write_json(folder / "results.json", {"command": command, **about, "points": points})
-        write_text(folder / "results.md", text)
+        write_json(folder / "results.json", content)
+        write_text(folder / "results.md", text + "\n".join(as_rows))
     say(text.rstrip())
     say(f"\nin {folder / 'results.md'}")
     return any(point["failed"] for point in points)

@@ -12,12 +12,16 @@ from dmi_hpc.models.spec import shapes
 from dmi_hpc.tasks.base import Task
 
 TASKS: dict[str, str] = {
+    "chemixnet": "dmi_hpc.tasks.chemixnet:CheMixNet",
     "crystals": "dmi_hpc.tasks.crystals:Crystals",
     "elemnet": "dmi_hpc.tasks.elemnet:ElemNet",
+    "heat_capacity": "dmi_hpc.tasks.heat_capacity:HeatCapacity",
     "homogenization": "dmi_hpc.tasks.homogenization:Homogenization",
+    "mpnn": "dmi_hpc.tasks.mpnn:MPNN",
+    "oxides": "dmi_hpc.tasks.oxides:Oxides",
     "roost": "dmi_hpc.tasks.roost:Roost",
-    "sites": "dmi_hpc.tasks.sites:Sites",
     "schnet": "dmi_hpc.tasks.schnet:SchNet",
+    "sites": "dmi_hpc.tasks.sites:Sites",
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from dmi_hpc.models.graphs import Graphs
 
 ELEMENTS = 100  # that the one-hot vectors know: Z = 1 to 100
+_ROUNDING = 1e-4  # of stored distances, angstrom
 _MANY = 60  # neighbours of an atom within 5 or 6 angstrom, for costs alone
 _HEAD = (Dense(units=128), Activation(function="softplus"))
 _PAPER = "Xie and Grossman, Phys. Rev. Lett. 120 (2018) 145301"
@@ -164,6 +166,11 @@ class Crystals(Task):
         numbers, distances, ends = (
             cast(Ragged, fields[name]) for name in ("atomic_number", "distance", "edge_index")
         )
+        if distances.values.max(initial=0.0) > self.o.cutoff + _ROUNDING:
+            raise DataError(
+                f"neighbours {distances.values.max():.2f} angstrom away, the task's cutoff is "
+                f"{self.o.cutoff:g}: give it that of the import"
+            )
         nodes = self._vectors.take(numbers.values, axis=0, mode="clip")
         if np.isnan(nodes[:, 0]).any() or numbers.values.max() >= len(self._vectors):
             self._refuse(numbers)
@@ -233,7 +240,12 @@ class Crystals(Task):
         return (Baseline("forest", "Random forest on composition and density", forest),)
 
     def published(self) -> tuple[Published, ...]:
-        return _PUBLISHED.get(self.target_field, ())
+        found = [
+            (name, figure) for name in self.target_fields for figure in _PUBLISHED.get(name, ())
+        ]
+        if len(self.target_fields) == 1:
+            return tuple(figure for _, figure in found)
+        return tuple(replace(figure, label=f"{name}: {figure.label}") for name, figure in found)
 
     def read_inputs(self, path: Path) -> tuple[list[str], dict[str, Array]]:
         """CIF, POSCAR, extended XYZ, JSON or JSON Lines, or a folder of such."""
@@ -280,8 +292,9 @@ def read_vectors(path: Path) -> Array:
 def composition_density(fields: Fields) -> Array:
     """(n, D) descriptors of crystals that know nothing of the places of their atoms.
 
-    Fractions of the elements; mean, deviation, least and largest of their properties; volume of an
-    atom (cubic angstrom) and density (unified atomic mass units per cubic angstrom).
+    Fractions of the elements; mean, deviation, least and largest of their properties; how many elements
+    there are; volume of an atom (cubic angstrom) and density (unified atomic mass units per cubic
+    angstrom), both 0 without a cell.
     """
     numbers, cells = cast(Ragged, fields["atomic_number"]), np.asarray(fields["cell"])
     n, table = len(numbers), _element_properties()
@@ -293,7 +306,7 @@ def composition_density(fields: Fields) -> Array:
     present = counts > 0
     least = [np.where(present, column, np.inf).min(axis=1) for column in table.T]
     largest = [np.where(present, column, -np.inf).max(axis=1) for column in table.T]
-    volume = np.abs(np.linalg.det(cells)) / numbers.lengths  # 0 of a molecule
+    volume = np.abs(np.linalg.det(cells)) / numbers.lengths
     mass = mean[:, _PROPERTIES.index("atomic_mass")]
     density = np.divide(mass, volume, out=np.zeros(n), where=volume > 0)
     several = present.sum(axis=1)

@@ -1,11 +1,16 @@
 """Crystals as a task: graphs, networks, descriptors of the forest, a user's files."""
 
 import json
+import runpy
+import sys
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from pymatgen.core import Lattice, Structure
+from sklearn.model_selection import KFold
 
 from dmi_hpc.config import TrainConfig
 from dmi_hpc.data.importing.crystals import from_structure
@@ -206,6 +211,8 @@ def test_neighbours_are_found_as_the_options_say(tmp_path):
     assert near["edge_index"].lengths.tolist() == [12]  # six of the other element, for each
     graphs = crystals(cutoff=3.0, max_neighbours=None).network_inputs(near)
     assert graphs.edges.shape == (12, 16)
+    with pytest.raises(DataError, match=r"neighbours 3\.99 angstrom away, the task's cutoff is 3"):
+        crystals(cutoff=3.0).network_inputs(fields_of(path))
     names, fields = read_structures(path, 8.0, 4)
     assert names == ["a"]
     assert fields["name"].tolist() == [b"a"]
@@ -229,6 +236,72 @@ def test_data_that_are_missing_say_how_to_import(tmp_path):
 
 
 @pytest.mark.parametrize(("target", "least"), [("e_form", 0.0215), ("gap", 0.1861), ("mine", None)])
-def test_published_figures_are_those_of_the_first_target(target, least):
+def test_published_figures_are_those_of_the_target(target, least):
     figures = crystals(targets={target: "eV"}).published()
     assert min((figure.mae for figure in figures), default=None) == least
+
+
+def test_published_figures_of_several_targets_name_them():
+    labels = [f.label for f in crystals(targets={"gap": "eV", "log10_k": "log10(GPa)"}).published()]
+    assert labels[0] == "gap: CGCNN"
+    assert labels[-1] == "log10_k: Random forest"
+
+
+SCRIPT = Path(__file__).parents[2] / "recipes" / "prepare" / "mp_structures.py"
+
+
+def prepared(folder, monkeypatch, *options):
+    """Records that the script writes of 40 structures: the primitive cell of salt, stretched."""
+    n, unknown = 40, np.arange(40) % 4 == 0
+    with h5py.File(folder / "mp.h5", "w") as file:
+        a, b, c = SALT.lattice.abc
+        lattices = np.array([[a + 0.01 * i, b, c, *SALT.lattice.angles] for i in range(n)])
+        file["n_atoms"] = np.full(n, 2, dtype=np.uint16)
+        file["lattice_abc_alpha_beta_gamma"] = lattices.astype(np.float32)
+        file["Z"] = np.array([site.specie.Z for site in SALT] * n, dtype=np.uint8)
+        file["frac_1e6"] = np.tile(SALT.frac_coords, (n, 1)).T.round(6) * 1e6
+        for name in ("band_gap_eV", "e_form_eV_per_atom", "log10_K_VRH_GPa", "log10_G_VRH_GPa"):
+            file[name] = np.arange(n, dtype=np.float32) / 10
+        file["refractive_index"] = np.where(unknown, np.nan, 1.5).astype(np.float32)
+    out = folder / "out.jsonl"
+    monkeypatch.setattr(sys, "argv", ["x", str(folder / "mp.h5"), str(out), *options])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_prepared_structures_are_those_of_the_file(tmp_path, monkeypatch):
+    records = prepared(tmp_path, monkeypatch, "--with", "n", "--first", "3")
+    assert [r["id"] for r in records] == [f"mb-mp-gap-{i:06d}" for i in (2, 3, 4)]
+    assert [r["gap"] for r in records] == [0.1, 0.2, 0.3]
+    names, fields = crystals().read_inputs(tmp_path / "out.jsonl")
+    assert names == [r["id"] for r in records]
+    expected = Structure(
+        Lattice.from_parameters(SALT.lattice.a + 0.03, *SALT.lattice.abc[1:], *SALT.lattice.angles),
+        SALT.species,
+        SALT.frac_coords,
+    )
+    nearest = expected.get_all_neighbors(8.0)[0]
+    wanted = sorted(neighbour.nn_distance for neighbour in nearest)[:12]
+    np.testing.assert_allclose(fields["distance"][2][:12], wanted, atol=1e-4)
+
+
+def test_prepared_folds_are_those_of_matbench(tmp_path, monkeypatch):
+    records = prepared(tmp_path, monkeypatch, "--fold", "1", "--validation", "0.25")
+    folds = list(KFold(5, shuffle=True, random_state=18012019).split(np.arange(40)))
+    assert [i for i, r in enumerate(records) if r["split"] == "test"] == folds[1][1].tolist()
+    assert sum(r["split"] == "validation" for r in records) == 8
+    assert [r["n"] for r in records[:5]] == [None, 1.5, 1.5, 1.5, None]
+
+
+def test_prepared_rows_are_drawn_at_random_by_seed(tmp_path, monkeypatch):
+    drawn = {}
+    for seed in ("0", "1"):
+        (tmp_path / seed).mkdir()
+        records = prepared(tmp_path / seed, monkeypatch, "--random", "10", "--seed", seed)
+        drawn[seed] = [r["id"] for r in records]
+        assert len(drawn[seed]) == 10
+        assert drawn[seed] == sorted(drawn[seed])
+    assert drawn["0"] != drawn["1"]
+    (tmp_path / "2").mkdir()
+    with pytest.raises(SystemExit, match="only 30 structures are left"):
+        prepared(tmp_path / "2", monkeypatch, "--with", "n", "--random", "31")

@@ -34,7 +34,7 @@ CONFIG = TrainConfig(
     epochs=15, batch_size=16, learning_rate=1e-2, engine="torch", threads=1, patience=None
 )
 TASK = {
-    "name": "dmi_hpc.tasks.crystals:Crystals",
+    "name": "crystals",
     "targets": {"energy": "eV"},
     "cutoff": 2.5,
     "max_neighbours": 4,

@@ -109,7 +109,7 @@ def test_the_table_of_labels_is_not_left_out(tmp_path):
 
 def test_a_damaged_xyz_frame_costs_itself(tmp_path):
     def frame(count, atoms):
-        return f"{count}\nenergy=1.5\n" + "H 0 0 0\n" * atoms
+        return f"{count}\nenergy=1.5\n" + "".join(f"H {x} 0 0\n" for x in range(atoms))
 
     text = [frame(2, 2), frame(3, 1), frame(2, 2), frame(1, 2), frame(1, 1), frame(4, 2)]
     path = tmp_path / "md.xyz"
@@ -118,7 +118,7 @@ def test_a_damaged_xyz_frame_costs_itself(tmp_path):
     assert rows(tmp_path, "name") == [b"md:0", b"md:2", b"md:3", b"md:5"]
     assert [str(bad).partition("md.xyz:")[2] for bad in report.bad] == [
         "6 (frame 1): the frame ends after 1 of 3 atoms",
-        "18 (frame 4): expected the number of atoms, found 'H 0 0 0'",
+        "18 (frame 4): expected the number of atoms, found 'H 1 0 0'",
         "24 (frame 6): the file ends after 2 of 4 atoms",
     ]
 

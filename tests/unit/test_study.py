@@ -12,10 +12,17 @@ import numpy as np
 import pytest
 from runner import TOY, dmi, environment
 
-from dmi_hpc.errors import EXIT_INTERRUPTED, RecipeError
+from dmi_hpc.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RecipeError
 from dmi_hpc.predict import load
 from dmi_hpc.study.plan import Point, members, points, varied
-from dmi_hpc.study.results import PointResult, Trained, markdown, summary
+from dmi_hpc.study.results import (
+    PointResult,
+    Trained,
+    markdown,
+    over_data,
+    results_row,
+    summary,
+)
 
 
 def test_values_are_those_of_toml_or_text():
@@ -87,7 +94,16 @@ def trained(seed, predicted, transform="identity", **scores):
         "published": [{"label": "Paper", "mae": 0.5, "mae_percent": None, "source": "there"}],
     }
     rows = ("5", "6", "7")
-    return Trained(seed, evaluation, {"parameters": 10}, 60.0, rows, truth, np.array(predicted))
+    return Trained(
+        seed,
+        evaluation,
+        {"parameters": 10, "device": "cpu"},
+        60.0,
+        9,
+        rows,
+        truth,
+        np.array(predicted),
+    )
 
 
 def test_means_and_deviations_over_seeds_and_the_ensemble():
@@ -123,11 +139,45 @@ def test_the_page_says_it_all():
     ]
     results[1] = replace(results[1], failed={4: "nan: loss"})
     text = markdown("toy", "dmi study toy.toml", {"machine": "one"}, [summary(r) for r in results])
-    assert "| path=fold0 | 1 | 3 | 1.0000 | 3.0000 | 10 | 60 |" in text
+    assert "| path=fold0 | 1 | 9 | 3 | 1.0000 | 3.0000 | 10 | 60 |" in text
     assert "failed: path=fold1, seed 4: nan: loss" in text
-    assert "over the 2 points: MAE 1.5000 ± 0.7071" in text
+    assert "over the 2 data sets: MAE 1.5000 ± 0.7071" in text
     assert "published: Paper, mae 0.5 (there)" in text
     assert "machine: one" in text
+
+
+def at(changes, seeds, mae):
+    values = [1.0, 2.0, 5.0]
+    return summary(PointResult(Point(changes), [trained(s, values, mae=mae) for s in seeds]))
+
+
+def test_only_data_sets_are_averaged_over_and_other_keys_apart():
+    sizes = [
+        at({"data.train_rows": n, "data.path": f"fold{k}"}, (0, 1), n + k)
+        for n in (10, 20)
+        for k in (0, 2)
+    ]
+    few, many = over_data([*sizes, {"point": {"data.path": "x"}, "failed": {"0": "nan"}}])
+    assert (few["point"], few["data_sets"], many["point"]) == ("train_rows=10", 2, "train_rows=20")
+    assert few["mean"]["mae"] == {"mean": 11.0, "deviation": pytest.approx(2**0.5)}
+    assert few["ensemble"]["mae"] == {"mean": pytest.approx(1 / 3), "deviation": 0.0}
+    assert over_data([at({"data.train_rows": n}, (0,), n) for n in (10, 20)]) == []
+
+
+def test_columns_are_those_of_all_points_though_one_has_no_baselines():
+    table = markdown("toy", "dmi", {}, [at({"a": 1}, (1,), 1.0), at({"a": 2}, (0,), 2.0)])
+    head, _, one, two = [line for line in table.splitlines() if line.startswith("|")]
+    assert "| Mean MAE | weights |" in head
+    assert one.endswith("| 1.0000 | - | 10 | 60 |")
+    assert two.endswith("| 2.0000 | 3.0000 | 10 | 60 |")
+
+
+def test_a_row_for_a_list_of_results():
+    text = results_row("toy", "dmi study toy.toml", {"machine": "one"}, at({}, (0, 1), 1.0))
+    assert text == (
+        "| toy | 9 + 3 rows, abc | `dmi study toy.toml` | MAE 1.0000 ± 0.0000 m (2) | 0.3333 | "
+        "Mean 3.0000 | Paper 0.5 | 60 s, one |"
+    )
 
 
 @pytest.fixture
@@ -222,3 +272,29 @@ def test_a_study_that_was_stopped_or_killed_goes_on(place, number):
     assert not (place / "study" / "results.json").exists()
     dmi(*command, cwd=place)
     assert len(results(place)["points"][0]["seeds"]) == 2
+
+
+@pytest.mark.slow
+def test_a_study_whose_time_ends_says_so_and_goes_on(place):
+    text = (place / "toy.toml").read_text()
+    slow = text.replace('Toy"', 'Toy"\nfault = "slow"').replace("epochs = 3", "epochs = 40")
+    limited = slow.replace("[train]", "[train]\ntime_limit_s = 10.2")  # 10 s are kept for the end
+    (place / "toy.toml").write_text(limited)
+    command = ("study", "toy.toml", "--seeds", "0,1", "--out", "study")
+    dmi(*command, cwd=place, code=EXIT_INTERRUPTED)
+    assert len(list((place / "study" / "runs").rglob("run.json"))) == 1  # nothing new was begun
+    (place / "toy.toml").write_text(slow)
+    dmi(*command, cwd=place)
+    assert len(results(place)["points"][0]["seeds"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [("", "data.path: missing"), ('path = "nowhere"', "nowhere/manifest.json: no such file")],
+)
+def test_without_a_data_set_nothing_is_trained(tmp_path, data, said):
+    path = tmp_path / "toy.toml"
+    path.write_text(TOY.format(seed=1, task="", data=data, train="epochs = 3", search=""))
+    told = dmi("study", path, cwd=tmp_path, code=EXIT_USER_ERROR)
+    assert said in told.stderr
+    assert not (tmp_path / "studies").exists()

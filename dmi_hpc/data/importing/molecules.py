@@ -6,7 +6,6 @@ and Morgan bits of the molecule, its heavy atoms on axis "atom", its bonds, both
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import Any, cast
 
 import numpy as np
 
+from dmi_hpc.data.importing.crossing import Crossing
 from dmi_hpc.data.importing.csvs import CsvFiles, Lines, by_line
-from dmi_hpc.data.importing.optional import library
+from dmi_hpc.data.importing.optional import library, readable
 from dmi_hpc.data.importing.options import ROW, ImportOptions
-from dmi_hpc.data.importing.records import LISTED, BadRecord, Batch, Chunk, PlainSource, listed
+from dmi_hpc.data.importing.records import BadRecord, Batch, Chunk, PlainSource, listed
 from dmi_hpc.data.importing.rows import Splits, good_rows, with_split
 from dmi_hpc.data.importing.values import Problems, from_texts
-from dmi_hpc.data.manifest import SPLIT, SPLITS, Field
+from dmi_hpc.data.manifest import SPLIT, Field
 from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.errors import DataError, counted
 
@@ -86,13 +86,11 @@ def parse_smiles(text: str) -> Molecule:
         raise DataError("expected a SMILES, found nothing")
     if len(text.split()) > 1:  # RDKit takes the rest for a name
         raise DataError("expected one SMILES, found white space in it")
-    blocked = base.BlockLogs()  # RDKit writes to the terminal what is told here
-    try:
+    # RDKit writes to the terminal what is told here, and fails where numbers in brackets are absurd
+    with base.BlockLogs(), readable("not a valid SMILES"):
         found = chem.MolFromSmiles(text.strip())
         raw = None if found is not None else chem.MolFromSmiles(text.strip(), sanitize=False)
         problems = [] if raw is None else chem.DetectChemistryProblems(raw)
-    finally:
-        del blocked
     if found is None:
         why = [problem.Message() for problem in problems] or ["RDKit cannot read it"]
         raise DataError(f"not a valid SMILES: {why[0]}")
@@ -144,9 +142,13 @@ def _bond(bond: Any) -> tuple[int, ...]:
 
 
 def other_smiles(text: str, seed: int) -> str:
-    """One of the SMILES of a molecule that begin and branch at random; equal seeds give equal ones."""
-    vector = _rdkit("rdkit.Chem").MolToRandomSmilesVect(parse_smiles(text), 1, randomSeed=seed)
-    return str(vector[0])
+    """The SMILES of a molecule with its atoms in a random order; equal seeds give equal ones.
+
+    Random SMILES of RDKit itself are drawn from one generator of all threads, and cannot be repeated.
+    """
+    chem, molecule = _rdkit("rdkit.Chem"), parse_smiles(text)
+    order = np.random.default_rng(seed).permutation(molecule.GetNumAtoms()).tolist()
+    return str(chem.MolToSmiles(chem.RenumberAtoms(molecule, order), canonical=False))
 
 
 def scaffold_of(molecule: Molecule) -> str:
@@ -231,8 +233,6 @@ class Molecules(PlainSource):
             return ()
         return [f"the unit of {self.options.value!r} is not known: say it with --unit"]
 
-    # the first pass: how long SMILES are
-
     def scan(self) -> Iterator[Chunk] | None:
         return self.csv.chunks()
 
@@ -287,26 +287,17 @@ class Molecules(PlainSource):
         return str(_rdkit("rdkit.Chem").MolToSmiles(molecule))
 
     def collect(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Note molecules in several splits, which a given split does not keep apart.
-
-        Holds about 200 bytes a molecule.
-        """
-        seen: dict[bytes, dict[int, str]] = {}  # canonical SMILES -> split -> place of the first
+        """Note molecules in several splits, which a given split does not keep apart."""
+        crossing = Crossing()
         for batch in batches:
             if self.by_column is not None and batch.count:
                 characters = cast(Ragged, batch.rows["characters"])
-                numbers = zip(
-                    *(np.asarray(batch.rows[n]) for n in (SPLIT.name, "file", "line")), strict=True
-                )
-                for codes, (split, file, line) in zip(characters, numbers, strict=True):
-                    where = f"{self.files[file]}:{line}"
-                    seen.setdefault(codes.tobytes(), {}).setdefault(int(split), where)
+                numbers = (np.asarray(batch.rows[name]) for name in (SPLIT.name, "file", "line"))
+                for codes, split, file, line in zip(characters, *numbers, strict=True):
+                    smiles = codes.tobytes().decode()
+                    crossing.add(smiles, int(split), f"{self.files[file]}:{line}")
             yield batch
-        several = {smiles: found for smiles, found in seen.items() if len(found) > 1}
-        self.crossing = len(several)
-        for smiles, found in itertools.islice(several.items(), LISTED):
-            where = ", ".join(f"{SPLITS[s]} ({found[s]}, ...)" for s in sorted(found))
-            self.across.append(f"{smiles.decode()}: {where}")
+        self.crossing, self.across = crossing.found()
 
 
 def read_molecules(

@@ -22,7 +22,7 @@ from dmi_hpc.data.elements import ELEMENTS
 from dmi_hpc.data.manifest import SPLIT, Compression, Field
 from dmi_hpc.errors import DataError
 
-Kind = Literal["composition", "molecule", "table", "array", "hdf5", "image", "structure"]
+Kind = Literal["composition", "table", "array", "hdf5", "image", "structure", "molecule"]
 ROW = "row number"  # a group of its own: each row is split by itself
 
 
