@@ -69,7 +69,9 @@ class GatedConv(OnGraphs):
     def forward(self, values: Tensor, graphs: Graphs) -> Tensor:
         own, others, edges = split(self.linear, values, graphs)
         here, there = graphs.ends.unbind(1)
-        gates, cores = self.norm(own[here] + others[there] + edges).chunk(2, dim=1)
+        gates, cores = self.norm(
+            own.index_select(0, here) + others.index_select(0, there) + edges
+        ).chunk(2, dim=1)
         messages = weighted(torch.sigmoid(gates) * functional.softplus(cores), graphs)
         return summed(messages, here, len(values))
 
@@ -85,7 +87,7 @@ class PlainConv(OnGraphs):
     def forward(self, values: Tensor, graphs: Graphs) -> Tensor:
         own, others, edges = split(self.linear, values, graphs)
         here, there = graphs.ends.unbind(1)
-        messages = weighted(others[there] + edges, graphs)
+        messages = weighted(others.index_select(0, there) + edges, graphs)
         if self._mean:
             messages = messages / graphs.neighbours.to(messages.dtype)[here]
         return own.index_add(0, here, messages)
@@ -143,7 +145,9 @@ class AttentionConv(OnGraphs):
     def forward(self, values: Tensor, graphs: Graphs) -> Tensor:
         own, others, edges = split(self.linear, values, graphs)
         here, there = graphs.ends.unbind(1)
-        hidden = functional.leaky_relu(own[here] + others[there] + edges)
+        hidden = functional.leaky_relu(
+            own.index_select(0, here) + others.index_select(0, there) + edges
+        )
         gates, cores = hidden.chunk(2, dim=1)
         weights = graphs.edge_weights
         if graphs.weights is not None:
@@ -200,7 +204,7 @@ class EdgeNetwork(OnGraphs):
         weights = None if graphs.edge_weights is None else graphs.edge_weights[order]
 
         def of_kinds(values: Tensor) -> Tensor:
-            parts = torch.split(values[there], counts)
+            parts = torch.split(values.index_select(0, there), counts)
             found = torch.cat(
                 [functional.linear(p, m) for p, m in zip(parts, matrices, strict=True)]
             )

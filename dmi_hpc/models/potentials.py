@@ -57,7 +57,9 @@ class ContinuousFilterConv(OnGraphs):
     def forward(self, values: Tensor, graphs: Graphs) -> Tensor:
         here, there = graphs.ends.unbind(1)
         filters = weighted(self.filter(graphs.edges.to(values.dtype)), graphs)
-        found: Tensor = self.leave(summed(self.enter(values)[there] * filters, here, len(values)))
+        found: Tensor = self.leave(
+            summed(self.enter(values).index_select(0, there) * filters, here, len(values))
+        )
         return found
 
 

@@ -53,14 +53,15 @@ def run_all(
 ) -> None:
     """Do all works, `processes` at a time; `told` of each as it ends. What they say goes to `log`.
 
-    A stop is handed on to the processes, which save what they have; nothing new begins then.
+    A stop is handed on to the processes, which save what they have; nothing new begins then, nor
+    after a training that saw its time end (Slurm's, or its recipe's).
     """
     waiting, slots = list(works), list[_Slot]()
-    asked = False
+    asked = over = False
     with _threads_shared(processes):
         try:
             while waiting or any(slot.work for slot in slots):
-                if stop and not asked:
+                if (stop or over) and not asked:
                     asked, waiting = True, []
                     for slot in slots:
                         slot.process.terminate()
@@ -76,6 +77,7 @@ def run_all(
                     assert slot.work is not None, "only slots at work are waited for"
                     told(slot.work, outcome)
                     slot.work = None
+                    over = over or outcome.state == "interrupted"
                     if not slot.process.is_alive():
                         slots.remove(slot)
         finally:
@@ -93,6 +95,8 @@ def _received(slot: _Slot, asked: bool) -> Outcome:
         code = slot.process.exitcode or 0
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return Outcome("interrupted" if asked else "failed", f"its process ended: {how}")
+    if outcome.state == "interrupted":
+        slot.process.join()  # it takes no more work
     return outcome
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from dmi_hpc.config import DataConfig
+from dmi_hpc.data.manifest import read_manifest
 from dmi_hpc.scores import score
 from dmi_hpc.study.plan import Member, Point
 from dmi_hpc.study.pool import Outcome
@@ -25,6 +27,8 @@ _SCORES = {  # shown of each kind of target: name, title, digits
     "identity": (("mae", "MAE", 4), ("rmse", "RMSE", 4), ("r2", "R2", 4)),
 }
 _FORCES = (("force_mae", "forces MAE", 4), ("force_rmse", "forces RMSE", 4))
+_HIGHER_IS_BETTER = ("auc", "accuracy")
+_DATA = "data.path"
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Trained:
     evaluation: Mapping[str, Any]
     status: Mapping[str, Any]
     epochs_s: float  # seconds of its epochs
+    train_rows: int
     rows: tuple[str, ...]
     truth: Array
     predicted: Array
@@ -60,10 +65,17 @@ def read_member(member: Member) -> Trained:
         evaluation=json.loads((folder / "evaluation.json").read_text()),
         status=json.loads((folder / "train" / "status.json").read_text()),
         epochs_s=sum(epochs.values()),
+        train_rows=_train_rows(member.recipe.data),
         rows=tuple(line["row"] for line in table),
         truth=np.array([float(line["truth"]) for line in table]),
         predicted=np.array([float(line["network"]) for line in table]),
     )
+
+
+def _train_rows(data: DataConfig) -> int:
+    assert data.path is not None, "the seeds of a study share a data set"
+    there = read_manifest(data.path).split_rows["train"]
+    return there if data.train_rows is None else min(there, data.train_rows)
 
 
 def gathered(members: Sequence[Member], outcomes: Mapping[Path, Outcome]) -> list[PointResult]:
@@ -91,16 +103,16 @@ def summary(result: PointResult) -> dict[str, Any]:
     first = next((t for t in result.trained if len(_methods(t)) > 1), result.trained[0])
     about = first.evaluation
     networks = {t.seed: _methods(t)["network"] for t in result.trained}
-    names = [
-        name for name, value in next(iter(networks.values())).items() if _is_score(name, value)
-    ]
+    names = _scores_of(list(networks.values()))
     return found | {
         "quantity": about["quantity"],
         "unit": about["unit"],
         "transform": about.get("transform", "identity"),
         "data": about["data"],
+        "train_rows": first.train_rows,
         "test_rows": about["rows"],
         "parameters": first.status["parameters"],
+        "device": first.status["device"],
         "seconds": {t.seed: round(t.epochs_s, 1) for t in result.trained},
         "seeds": {seed: {name: of[name] for name in names} for seed, of in networks.items()},
         "mean": {name: _mean([of[name] for of in networks.values()]) for name in names},
@@ -116,8 +128,13 @@ def _methods(trained: Trained) -> dict[str, dict[str, Any]]:
     return {method["name"]: method for method in trained.evaluation["methods"]}
 
 
-def _is_score(name: str, value: Any) -> bool:
-    return isinstance(value, float | int) and name != "seconds"
+def _scores_of(networks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of what is a number for all of them."""
+    return [
+        name
+        for name in networks[0]
+        if name != "seconds" and all(isinstance(of.get(name), float | int) for of in networks)
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -148,7 +165,7 @@ def _others(trained: Sequence[Trained]) -> list[dict[str, Any]]:
             next(m for m in t.evaluation["others"][number]["methods"] if m["name"] == "network")
             for t in trained
         ]
-        names = [name for name, value in networks[0].items() if _is_score(name, value)]
+        names = _scores_of(networks)
         found.append(
             {
                 "quantity": other["quantity"],
@@ -172,8 +189,7 @@ def markdown(
     for point in points:
         for seed, reason in point["failed"].items():
             lines.append(f"- failed: {_name(point)}, seed {seed}: {reason}")
-    if len(known) > 1:
-        lines += ["", *_over_points(known)]
+    lines += [_over(group, known[0]["transform"]) for group in over_data(known)]
     lines += ["", *(f"{key}: {value}  " for key, value in about.items())]
     return "\n".join(lines) + "\n"
 
@@ -182,19 +198,26 @@ def _table(points: Sequence[Mapping[str, Any]]) -> list[str]:
     scores = [s for s in (*_SCORES[points[0]["transform"]], *_FORCES) if s[0] in points[0]["mean"]]
     unit = f" ({points[0]['unit']})" if points[0]["unit"] else ""
     several = any(point["ensemble"] for point in points)
-    head = ["", "seeds", "test rows", *(title for _, title, _ in scores)]
+    baselines = {b["name"]: b["label"] for point in points for b in point["baselines"]}
+    head = ["", "seeds", "training rows", "test rows", *(title for _, title, _ in scores)]
     head += [f"ensemble {scores[0][1]}"] * several
-    head += [f"{b['label']} {scores[0][1]}" for b in points[0]["baselines"]]
+    head += [f"{label} {scores[0][1]}" for label in baselines.values()]
     head += ["weights", "training / s"]
     lines = [f"{points[0]['quantity']}{unit}; mean ± deviation over the seeds", ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for point in points:
-        row = [_name(point), str(len(point["seeds"])), f"{point['test_rows']:,}"]
+        row = [
+            _name(point),
+            str(len(point["seeds"])),
+            f"{point['train_rows']:,}",
+            f"{point['test_rows']:,}",
+        ]
         row += [_spread(point, name, digits) for name, _, digits in scores]
         if several:
             ensemble = point["ensemble"] or {}
             row.append(_number(ensemble.get(scores[0][0]), scores[0][2]))
-        row += [_number(b.get(scores[0][0]), scores[0][2]) for b in point["baselines"]]
+        there = {b["name"]: b.get(scores[0][0]) for b in point["baselines"]}
+        row += [_number(there.get(name), scores[0][2]) for name in baselines]
         row += [f"{point['parameters']:,}", f"{_mean(list(point['seconds'].values())):,.0f}"]
         lines.append(f"| {' | '.join(row)} |")
     lines += [""]
@@ -219,14 +242,65 @@ def _further(points: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _over_points(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    scores = [s for s in _SCORES[points[0]["transform"]] if s[0] in points[0]["mean"]]
-    each = [
-        f"{title} {_mean([p['mean'][name] for p in points]):.{digits}f} ± "
-        f"{_deviation([p['mean'][name] for p in points]):.{digits}f}"
-        for name, title, digits in scores
+def over_data(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over points that differ in their data set alone, and their deviation: over the folds of a
+    cross-validation. One entry for each choice of the other keys that has several data sets."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for point in points:
+        if "mean" in point:
+            rest = {key: value for key, value in point["point"].items() if key != _DATA}
+            groups.setdefault(Point(rest).name, []).append(point)
+    found = []
+    for name, group in groups.items():
+        if len(group) < 2:
+            continue
+        entry: dict[str, Any] = {"point": name, "data_sets": len(group)}
+        for key in ("mean", "ensemble"):
+            of = [point[key] or {} for point in group]
+            entry[key] = {
+                score: {"mean": _mean(values), "deviation": _deviation(values)}
+                for score in _scores_of(of)
+                for values in [[each[score] for each in of]]
+            }
+        found.append(entry)
+    return found
+
+
+def _over(group: Mapping[str, Any], transform: Transform) -> str:
+    told = [
+        f"{kind}{title} {of[name]['mean']:.{digits}f} ± {of[name]['deviation']:.{digits}f}"
+        for kind, of in (("", group["mean"]), ("ensemble ", group["ensemble"]))
+        for name, title, digits in _SCORES[transform]
+        if name in of
     ]
-    return [f"over the {len(points)} points: {', '.join(each)}"]
+    which = "" if group["point"] == "all" else f", {group['point']}"
+    return f"- over the {group['data_sets']} data sets{which}: {', '.join(told)}"
+
+
+def results_row(
+    title: str, command: str, about: Mapping[str, Any], point: Mapping[str, Any]
+) -> str:
+    """One line of a Markdown table of many studies: system; data; command; mean ± deviation (seeds);
+    ensemble; best baseline; published; time and machine."""
+    name, score_title, digits = _SCORES[point["transform"]][0]
+    best = max if name in _HIGHER_IS_BETTER else min
+    baselines = [b for b in point["baselines"] if b.get(name) is not None]
+    baseline = best(baselines, key=lambda b: b[name], default=None)
+    ensemble = (point["ensemble"] or {}).get(name)
+    published = [f"{p['label']} {p[name]:g}" for p in point["published"] if p.get(name) is not None]
+    seconds = _mean(list(point["seconds"].values()))
+    cells = [
+        title if not point["point"] else f"{title}, {_name(point)}",
+        f"{point['train_rows']:,} + {point['test_rows']:,} rows, {point['data'][:8]}",
+        f"`{command}`",
+        f"{score_title} {_spread(point, name, digits)} {point['unit']}".rstrip()
+        + f" ({len(point['seeds'])})",
+        _number(ensemble, digits),
+        f"{baseline['label']} {baseline[name]:.{digits}f}" if baseline else "-",
+        "; ".join(published) or "-",
+        f"{seconds:,.0f} s, {about['machine']}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def _name(point: Mapping[str, Any]) -> str:

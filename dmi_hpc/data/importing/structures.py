@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dmi_hpc.data.importing.crossing import Crossing
 from dmi_hpc.data.importing.crystals import (
     CLOSEST,
     Crystal,
@@ -26,11 +26,11 @@ from dmi_hpc.data.importing.labels import labels_of, names_of
 from dmi_hpc.data.importing.optional import readable
 from dmi_hpc.data.importing.options import ROW, ImportOptions
 from dmi_hpc.data.importing.properties import Found, Properties, cells_of
-from dmi_hpc.data.importing.records import LISTED, BadRecord, Batch, Chunk, PlainSource, listed
+from dmi_hpc.data.importing.records import BadRecord, Batch, Chunk, PlainSource, listed
 from dmi_hpc.data.importing.rows import Splits, good_rows, with_split
 from dmi_hpc.data.importing.structure_files import Record, json_records, xyz_frames
 from dmi_hpc.data.importing.values import Problems
-from dmi_hpc.data.manifest import SPLIT, SPLITS, Field
+from dmi_hpc.data.manifest import SPLIT, Field
 from dmi_hpc.data.ragged import Ragged
 from dmi_hpc.errors import DataError, counted
 
@@ -211,22 +211,15 @@ class Structures(PlainSource):
         return good_rows(columns, problems, lambda row: good[row][0].where, bad, remarks)
 
     def collect(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Note compositions in several splits, which a given split does not keep apart.
-
-        Holds about 200 bytes a composition.
-        """
-        seen: dict[bytes, dict[int, bytes]] = {}  # formula -> split -> name of the first
+        """Note compositions in several splits, which a given split does not keep apart."""
+        crossing = Crossing()
         for batch in batches:
             if self.decides and batch.count:
-                names, formulas, splits = (batch.rows[n] for n in ("name", "formula", SPLIT.name))
-                for name, formula, split in zip(names, formulas, splits, strict=True):
-                    seen.setdefault(bytes(formula), {}).setdefault(int(split), bytes(name))
+                columns = (np.asarray(batch.rows[n]) for n in ("name", "formula", SPLIT.name))
+                for name, formula, split in zip(*columns, strict=True):
+                    crossing.add(bytes(formula).decode(), int(split), bytes(name).decode())
             yield batch
-        several = {formula: found for formula, found in seen.items() if len(found) > 1}
-        self.crossing = len(several)
-        for formula, found in itertools.islice(several.items(), LISTED):
-            where = ", ".join(f"{SPLITS[s]} ({found[s].decode()}, ...)" for s in sorted(found))
-            self.across.append(f"{formula.decode()}: {where}")
+        self.crossing, self.across = crossing.found()
 
     def row(self, record: Record) -> tuple[Crystal, dict[str, Any]]:
         """What is stored of it, by field, with its labels and a remark. Raises DataError."""
