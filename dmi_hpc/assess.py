@@ -18,6 +18,7 @@ from dmi_hpc.data.ranges import Rows
 from dmi_hpc.errors import DataError, together
 from dmi_hpc.evaluate import evaluate_rows
 from dmi_hpc.files import atomic_folder, write_json, writing
+from dmi_hpc.groups import Groups
 from dmi_hpc.predict import Model, load_model
 from dmi_hpc.problem import Problem
 from dmi_hpc.run import Run
@@ -41,7 +42,12 @@ def assess(
     device, share = collectives.device_of(world), collectives.gather_objects
     with together(share):
         model = load_model(run, device)
-        problem = Problem.open(model.task, run.data, verify="open" if world.is_first else "none")
+        problem = Problem.open(
+            model.task,
+            run.data,
+            verify="open" if world.is_first else "none",
+            reading=run.recipe.data,  # baselines learn from the rows that the network learnt from
+        )
         require_identity(
             model.data,
             problem.shards.manifest.identity,
@@ -154,6 +160,10 @@ def _of_quantity(
             raise DataError(f"{name}: {bad} of {values.size} predictions are not finite")
     labels = {b.name: b.label for b in task.baselines()} | {"network": "Network"}
     scale, truth, rows = at.model.scale.heads[number], truth[known], at.rows[known]
+    if task.group_field is not None:
+        groups = Groups(at.problem.shards.gather(task.group_field, rows))
+        predictions = {name: groups.least(values) for name, values in predictions.items()}
+        truth, rows = groups.least(truth), rows[groups.first]
     scores = {name: score(values, truth, scale) for name, values in predictions.items()}
     if at.forces is not None:
         scores["network"] = at.forces

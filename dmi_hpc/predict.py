@@ -24,6 +24,7 @@ from dmi_hpc.data.stage import find_staged
 from dmi_hpc.errors import DataError, RunError
 from dmi_hpc.evaluate import Predictor, part_of
 from dmi_hpc.export import SPEC, load_export
+from dmi_hpc.groups import Groups
 from dmi_hpc.models.build import build
 from dmi_hpc.models.cost import BYTES, cost
 from dmi_hpc.models.spec import NetworkSpec
@@ -173,7 +174,13 @@ def _of_file(model: Model, path: Path) -> Table:
             part = {name: part_of(values, start, stop) for name, values in fields.items()}
             yield {"input": labels[start:stop], **_as_columns(model, model.predict(part))}
 
-    return Table((Column("input", "text"), *_results(model)), len(labels), blocks())
+    columns = (Column("input", "text"), *_results(model))
+    if model.task.group_field is None:
+        return Table(columns, len(labels), blocks())
+    groups = Groups(labels)
+    lowest = groups.least(model.predict(fields))
+    named = {"input": [labels[row] for row in groups.first], columns[-1].name: lowest}
+    return Table(columns, len(lowest), iter([named]))
 
 
 def _of_compositions(model: Model, path: Path) -> Table:

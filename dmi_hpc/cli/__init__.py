@@ -113,5 +113,6 @@ def main() -> None:
         sys.exit(1)
     except Interrupted as stop:
         with suppress(OSError):  # a closed terminal changes nothing: state is saved
-            sys.stderr.write(f"interrupted: {stop}{knobs.resume_hint()}\n")
+            hint = "" if arguments[0] == "study" else knobs.resume_hint()  # it has no --resume
+            sys.stderr.write(f"interrupted: {stop}{hint}\n")
         sys.exit(EXIT_INTERRUPTED)

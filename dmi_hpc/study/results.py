@@ -218,7 +218,7 @@ def _table(points: Sequence[Mapping[str, Any]]) -> list[str]:
             row.append(_number(ensemble.get(scores[0][0]), scores[0][2]))
         there = {b["name"]: b.get(scores[0][0]) for b in point["baselines"]}
         row += [_number(there.get(name), scores[0][2]) for name in baselines]
-        row += [f"{point['parameters']:,}", f"{_mean(list(point['seconds'].values())):,.0f}"]
+        row += [f"{point['parameters']:,}", _seconds(point)]
         lines.append(f"| {' | '.join(row)} |")
     lines += [""]
     if any(point["others"] for point in points):
@@ -288,7 +288,6 @@ def results_row(
     baseline = best(baselines, key=lambda b: b[name], default=None)
     ensemble = (point["ensemble"] or {}).get(name)
     published = [f"{p['label']} {p[name]:g}" for p in point["published"] if p.get(name) is not None]
-    seconds = _mean(list(point["seconds"].values()))
     cells = [
         title if not point["point"] else f"{title}, {_name(point)}",
         f"{point['train_rows']:,} + {point['test_rows']:,} rows, {point['data'][:8]}",
@@ -298,7 +297,7 @@ def results_row(
         _number(ensemble, digits),
         f"{baseline['label']} {baseline[name]:.{digits}f}" if baseline else "-",
         "; ".join(published) or "-",
-        f"{seconds:,.0f} s, {about['machine']}",
+        f"{_seconds(point)} s, {about['machine']}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -315,3 +314,8 @@ def _spread(point: Mapping[str, Any], name: str, digits: int) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _seconds(point: Mapping[str, Any]) -> str:
+    mean = _mean(list(point["seconds"].values()))
+    return f"{mean:.1f}" if mean < 10 else f"{mean:,.0f}"

@@ -96,6 +96,8 @@ class Task(ABC):
     target_field: ClassVar[str]
     force_field: ClassVar[str | None] = None  # forces on atoms, eV/angstrom, learnt with the energy
     label_field: ClassVar[str | None] = None  # text that names a row; else its number
+    # rows of equal text are several computations of one thing: scores are of their lowest value
+    group_field: ClassVar[str | None] = None
 
     def __init__(self, name: str, options: Config) -> None:
         self.name = name

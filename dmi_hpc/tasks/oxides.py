@@ -140,7 +140,7 @@ class Oxides(Task):
         self.o = cast(OxidesOptions, options)
         self.input_fields = self.o.columns  # type: ignore[misc]
         # the energy of a compound is that of its lowest ordering
-        self.group_field = "compound" if self.o.orderings else None
+        self.group_field = "compound" if self.o.orderings else None  # type: ignore[misc]
 
     @property
     def input_shape(self) -> tuple[int, ...]:

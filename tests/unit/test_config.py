@@ -86,7 +86,7 @@ def test_a_wrong_task_leaves_no_run_folder(tmp_path, text, said):
 
 
 def test_unknown_task_lists_the_known_ones():
-    with pytest.raises(RecipeError, match="elemnet, .*homogenization"):
+    with pytest.raises(RecipeError, match=r"elemnet, .*homogenization"):
         make_task({"name": "homogenisation"})
 
 
