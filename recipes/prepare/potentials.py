@@ -1,7 +1,7 @@
 """Configurations of JARVIS-like JSON (energies, forces) as one extended XYZ file for dmi data import.
 
 python recipes/prepare/potentials.py mlearn_Ni.json.xz ni.xyz --split split.json --element Ni
-dmi data import ni.xyz --out data/ni --cutoff 5 --split-column split
+dmi data import ni.xyz --out data/ni --cutoff 4 --split-column split
 
 The JSON is a list of {"jid", "atoms": {"lattice_mat", "coords", "elements", "cartesian"}, "total_energy"
 (eV/atom), "forces" (eV/angstrom)}. Each frame gets its energy_per_atom, its split (train, validation,
