@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -16,6 +16,7 @@ from dmi_hpc.data.descriptors import Statistic, descriptors
 from dmi_hpc.data.manifest import Manifest
 from dmi_hpc.errors import DataError
 from dmi_hpc.tasks.base import Array, Baseline, BuildContext, Fields, Quantity, Task
+from dmi_hpc.tasks.forests import Forest
 
 _STATISTICS: tuple[Statistic, ...] = ("avg", "dev", "range", "max", "min", "mode")
 
@@ -64,28 +65,12 @@ class CompositionTask(Task):
         return np.asarray((target >= low) & (target <= high))
 
     def baselines(self) -> tuple[Baseline, ...]:
-        def forest_on(
-            features: Callable[[Fields], Array],
-        ) -> Callable[[Fields, Array, Fields], Array]:
-            def predict(train: Fields, target: Array, test: Fields) -> Array:
-                from sklearn.ensemble import RandomForestRegressor
-
-                model = RandomForestRegressor(self._trees, n_jobs=-1, random_state=0)
-                model.fit(features(train), target)
-                return np.asarray(model.predict(features(test)))
-
-            return predict
-
+        on_fractions = Forest(itemgetter("fractions"), self._trees)
+        on_descriptors = Forest(_described, self._trees)
         return (
+            Baseline("forest", "Random forest on element fractions", on_fractions),
             Baseline(
-                "forest",
-                "Random forest on element fractions",
-                forest_on(lambda fields: fields["fractions"]),
-            ),
-            Baseline(
-                "forest_descriptors",
-                "Random forest on composition descriptors",
-                forest_on(_described),
+                "forest_descriptors", "Random forest on composition descriptors", on_descriptors
             ),
         )
 

@@ -43,6 +43,7 @@ from dmi_hpc.tasks.base import (
     Quantity,
     Task,
 )
+from dmi_hpc.tasks.forests import Forest
 
 if TYPE_CHECKING:
     from dmi_hpc.models.graphs import Graphs
@@ -228,15 +229,7 @@ class Crystals(Task):
         )
 
     def baselines(self) -> tuple[Baseline, ...]:
-        def forest(train: Fields, target: Array, test: Fields) -> Array:
-            from sklearn.ensemble import RandomForestRegressor
-
-            model = RandomForestRegressor(
-                self.o.forest_trees, max_features=1 / 3, n_jobs=-1, random_state=0
-            )
-            model.fit(composition_density(train), target)
-            return np.asarray(model.predict(composition_density(test)))
-
+        forest = Forest(composition_density, self.o.forest_trees, share=1 / 3)
         return (Baseline("forest", "Random forest on composition and density", forest),)
 
     def published(self) -> tuple[Published, ...]:

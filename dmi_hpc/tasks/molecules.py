@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
-import numpy as np
 from pydantic import Field as Option
 
 from dmi_hpc.config import Config
 from dmi_hpc.data.manifest import Manifest
 from dmi_hpc.errors import DataError
-from dmi_hpc.tasks.base import Array, Baseline, BuildContext, Fields, Quantity, Task
+from dmi_hpc.tasks.base import Array, Baseline, BuildContext, Quantity, Task
+from dmi_hpc.tasks.forests import Forest
 
 Fingerprint = Literal["maccs", "morgan"]
 _NAMES: dict[Fingerprint, str] = {"maccs": "MACCS keys", "morgan": "Morgan bits"}
@@ -56,8 +57,9 @@ class MoleculeTask(Task):
             for name in _NAMES
         )
 
-    def _forest(self, fingerprint: Fingerprint) -> _Forest:
-        return _Forest(fingerprint, self._trees, self.quantity.transform == "logit")
+    def _forest(self, fingerprint: Fingerprint) -> Forest:
+        classes = self.quantity.transform == "logit"
+        return Forest(itemgetter(fingerprint), self._trees, classes=classes, share=1 / 3)
 
     def read_inputs(self, path: Path) -> tuple[list[str], dict[str, Array]]:
         """A CSV or TSV with a column `smiles`."""
@@ -65,22 +67,3 @@ class MoleculeTask(Task):
 
         labels, fields = read_molecules(path)
         return labels, {name: cast(Array, fields[name]) for name in self.input_fields}
-
-
-class _Forest:
-    """A forest of regression, or of classification that gives the probability of 1."""
-
-    def __init__(self, fingerprint: Fingerprint, trees: int, classes: bool) -> None:
-        self.fingerprint, self.trees, self.classes = fingerprint, trees, classes
-
-    def __call__(self, train: Fields, target: Array, test: Fields) -> Array:
-        from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
-
-        inputs, wanted = train[self.fingerprint], test[self.fingerprint]
-        if not self.classes:
-            forest = RandomForestRegressor(
-                self.trees, max_features=1 / 3, n_jobs=-1, random_state=0
-            )
-            return np.asarray(forest.fit(inputs, target).predict(wanted))
-        voters = RandomForestClassifier(self.trees, n_jobs=-1, random_state=0)
-        return np.asarray(voters.fit(inputs, target > 0).predict_proba(wanted)[:, 1])

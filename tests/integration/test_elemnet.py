@@ -49,7 +49,7 @@ def test_import_train_evaluate_predict(tmp_path):
     dmi("evaluate", "run", cwd=tmp_path)
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     mae = {method["name"]: method["mae"] for method in found["methods"]}
-    assert set(mae) == {"network", "forest"}
+    assert set(mae) == {"network", "forest", "forest_descriptors"}
     assert mae["network"] < 0.3
     (tmp_path / "formulas.csv").write_text("formula\nNaCl\nMgO\nNaCl\nZrO2\n")
     lines = dmi("predict", "run", "formulas.csv", cwd=tmp_path).stdout.splitlines()

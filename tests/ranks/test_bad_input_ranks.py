@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from ranks import ranks
 from runner import LIMIT_S, start, toy_recipe
+from silent import Silent
 from toy_disk import read_only, small_disk
 
 from dmi_hpc.config import TrainConfig
@@ -24,20 +25,6 @@ NETWORK = NetworkSpec(input_shape=(8,), layers=(Dense(units=16), Activation()))
 FEW = 6  # rows in all
 # (rows of the set, global batch size, accumulation): nothing divides, and batches beyond the set
 SIZES = [(60, 7, 1), (60, 5, 4), (60, 1, 1), (60, 1000, 3), (FEW, 4, 2), (FEW, 100, 1)]
-
-
-class Silent:
-    def on_step(self, step):
-        pass
-
-    def on_epoch(self, epoch):
-        pass
-
-    def on_event(self, event, values):
-        pass
-
-    def must_stop(self):
-        return None
 
 
 def build(folder, rows, width=8):

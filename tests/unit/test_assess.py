@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from runner import start, toy_data
+from silent import Silent
 
 from dmi_hpc import assess as module
 from dmi_hpc import knobs
@@ -26,20 +27,6 @@ from dmi_hpc.tasks.base import BuildContext, Picture
 from dmi_hpc.train import Job, fit
 
 CONFIG = TrainConfig(epochs=2, batch_size=20, learning_rate=1e-2, engine="torch", threads=1)
-
-
-class Silent:
-    def on_step(self, step):
-        pass
-
-    def on_epoch(self, epoch):
-        pass
-
-    def on_event(self, event, values):
-        pass
-
-    def must_stop(self):
-        return None
 
 
 def build(target, seed=3, **config):

@@ -12,6 +12,7 @@ import torch
 from ase.build import bulk
 from ase.calculators.lj import LennardJones
 from runner import dmi
+from silent import Silent
 
 from dmi_hpc.assess import assess
 from dmi_hpc.config import TrainConfig
@@ -32,19 +33,6 @@ from dmi_hpc.train import fit
 from dmi_hpc.world import World
 
 CONFIG = TrainConfig(epochs=12, batch_size=8, learning_rate=5e-3, engine="torch", threads=1)
-
-
-class Silent:
-    def on_step(self, step):
-        pass
-
-    on_epoch = on_step
-
-    def on_event(self, event, values):
-        pass
-
-    def must_stop(self):
-        return None
 
 
 def test_a_graph_has_each_element_once_and_all_pairs():

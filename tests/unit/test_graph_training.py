@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from ase.calculators.singlepoint import SinglePointCalculator
+from silent import Silent
 
 from dmi_hpc.config import TrainConfig
 from dmi_hpc.data.importing.options import ROW, ImportOptions
@@ -43,19 +44,6 @@ TASK = {
 }
 GRID = np.stack(np.meshgrid(*3 * [[0.0, 1.2, 2.4]]), axis=-1).reshape(-1, 3)
 BLOCK = (Residual(layers=(GraphConv(channels=8, norm="batch"), Norm())), Activation())
-
-
-class Silent:
-    def on_step(self, step):
-        pass
-
-    on_epoch = on_step
-
-    def on_event(self, event, values):
-        pass
-
-    def must_stop(self):
-        return None
 
 
 @pytest.fixture(scope="module")

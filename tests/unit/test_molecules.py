@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from silent import Silent
 
 from dmi_hpc.config import TrainConfig
 from dmi_hpc.data.importing.molecules import columns_of, features_of, parse_smiles
@@ -137,19 +138,6 @@ def test_the_spaces_begin_with_their_founders():
         space = task.space()
         assert len(Networks(space, TrainConfig().model_dump()).founders()) == 1
         shapes(space.founders[0].network)
-
-
-class Silent:
-    def on_step(self, step):
-        pass
-
-    on_epoch = on_step
-
-    def on_event(self, event, values):
-        pass
-
-    def must_stop(self):
-        return None
 
 
 def table(tmp_path, target=float):

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from silent import Silent
 from typer.testing import CliRunner
 
 from dmi_hpc.cli.data import app as data_app
@@ -33,20 +34,6 @@ from dmi_hpc.train import fit
 
 TASK = {"name": "dmi_hpc.tasks.sites:Sites"}
 SPINEL = Template("spinel", np.array([0, 1, 2, 2]), np.array([2, 4, 4, 4]))
-
-
-class Silent:
-    def on_step(self, step):
-        pass
-
-    def on_epoch(self, epoch):
-        pass
-
-    def on_event(self, event, values):
-        pass
-
-    def must_stop(self):
-        return None
 
 
 def random_probabilities(sites, elements=6, seed=0):
