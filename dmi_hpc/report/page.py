@@ -152,7 +152,7 @@ def _class_headline(evaluation: Evaluation) -> str:
 _SCORES = (
     ("AUC", "auc", 4),
     ("accuracy", "accuracy", 4),
-    ("MAE{unit}", "mae", None),
+    ("MAE{unit}", "mae", None),  # of classes: of the probability
     ("MAE / %", "mae_percent", None),
     ("RMSE{unit}", "rmse", None),
     ("R²", "r2", 4),
@@ -163,11 +163,12 @@ _SCORES = (
 
 def score_columns(evaluated: Evaluated) -> list[tuple[str, str, int | None]]:
     """What a table of its methods shows: the scores that at least one of them has."""
-    unit = f" / {evaluated.unit}" if evaluated.unit else ""
+    unit = f" / {evaluated.unit}" if evaluated.unit and not evaluated.of_classes else ""
     return [
         (title.format(unit=unit), name, digits)
         for title, name, digits in _SCORES
         if any(getattr(method, name) is not None for method in evaluated.methods)
+        and not (evaluated.of_classes and name in ("mae_percent", "r2"))
     ]
 
 
