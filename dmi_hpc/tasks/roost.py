@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dmi_hpc.models.graphs import Graphs
 
 NODES, EDGES = 4, 12  # of a usual compound, for costs
+_MESSAGE = Residual(layers=(GraphConv(op="attention", channels=64),))
 
 
 class Roost(CompositionTask):
@@ -63,8 +64,10 @@ class Roost(CompositionTask):
     def published_network(self) -> NetworkSpec:
         """64 channels and three messages as published, with one head of attention instead of three and
         a fifth of the weights of its output network."""
-        block = Residual(layers=(GraphConv(op="attention", channels=64),))
-        layers: list[Layer] = [Dense(units=64), block, block, block, GraphReadout(op="attention")]
+        return self._network((_MESSAGE,))
+
+    def _network(self, block: tuple[Layer, ...]) -> NetworkSpec:
+        layers: list[Layer] = [Dense(units=64), *3 * block, GraphReadout(op="attention")]
         for units in (256, 256, 128):
             layers.append(Residual(layers=(Dense(units=units), Activation(function="silu"))))
         return NetworkSpec(input_shape=self.input_shape, layers=tuple(layers), graph=self.graph)
@@ -93,7 +96,12 @@ class Roost(CompositionTask):
                 "weight_decay": FloatRange(low=1e-6, high=1e-1, log=True),
                 "batch_size": Choice(values=(128, 256, 512), ordered=True),
             },
-            founders=(Founder(name="Roost", network=self.published_network()),),
+            # every block of the space has an activation
+            founders=(
+                Founder(
+                    name="Roost", network=self._network((_MESSAGE, Activation(function="silu")))
+                ),
+            ),
         )
 
     def published(self) -> tuple[Published, ...]:

@@ -19,7 +19,7 @@ from dmi_hpc.data.manifest import Manifest
 from dmi_hpc.errors import DataError
 from dmi_hpc.models.layers import Activation, Conv, Dense, Dropout, Layer, Norm, Readout
 from dmi_hpc.models.space import Choice, FloatRange, Founder, NetworkSpace, SearchSpace
-from dmi_hpc.models.spec import NetworkSpec
+from dmi_hpc.models.spec import NetworkSpec, Pool
 from dmi_hpc.physics.fingerprints import PIXELS, VIEWS
 from dmi_hpc.tasks.base import Array, Baseline, BuildContext, Fields, Quantity, Task
 
@@ -81,6 +81,16 @@ class Sites(Task):
         return NetworkSpec(input_shape=self.input_shape, layers=tuple(layers), outputs=len(SYMBOLS))
 
     def space(self) -> SearchSpace:
+        # a block of the space pools where the default network has a stride
+        layers: list[Layer] = []
+        for filters in self.o.filters:
+            layers += [Conv(filters=filters), Norm(), Activation(), Pool()]
+        layers.append(Readout())
+        for units in self.o.units:
+            layers += [Dense(units=units), Norm(), Activation(), Dropout(rate=self.o.dropout)]
+        pooled = NetworkSpec(
+            input_shape=self.input_shape, layers=tuple(layers), outputs=len(SYMBOLS)
+        )
         return SearchSpace(
             network=NetworkSpace(
                 input_shape=self.input_shape,
@@ -99,7 +109,7 @@ class Sites(Task):
                 "weight_decay": FloatRange(low=1e-6, high=1.0, log=True),
                 "batch_size": Choice(values=(128, 256, 512), ordered=True),
             },
-            founders=(Founder(name="convolutions", network=self.published_network()),),
+            founders=(Founder(name="convolutions", network=pooled),),
         )
 
     def baselines(self) -> tuple[Baseline, ...]:

@@ -5,12 +5,14 @@ import re
 import pytest
 from runner import toy_recipe
 
-from dmi_hpc.config import load_recipe
+from dmi_hpc.config import TrainConfig, load_recipe
 from dmi_hpc.errors import RecipeError
 from dmi_hpc.models.space import Choice, FloatRange
+from dmi_hpc.models.spec import shapes
 from dmi_hpc.tasks import make_task
 from search.driver import Driver
 from search.setting import founder_defaults
+from search.spaces.genome import decode, founder_genome
 from search.spaces.networks import Networks
 from search.spaces.recipe import recipe_space
 
@@ -24,6 +26,23 @@ def recipe_of(folder, space=""):
 def space_of(folder, text):
     recipe = recipe_of(folder, text)
     return recipe_space(recipe, make_task(recipe.task))
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"name": "chemixnet", "branches": "fingerprint"},
+        *({"name": name} for name in ("crystals", "elemnet", "homogenization", "mpnn")),
+        *({"name": name} for name in ("oxides", "roost", "sites")),
+    ],
+    ids=lambda task: task["name"],
+)
+def test_founders_of_every_task_are_networks_of_its_space(task):
+    space = make_task(task).space()
+    train = {name: getattr(TrainConfig(), name) for name in space.hyper}
+    for founder in space.founders:
+        genome = founder_genome(founder, space, train)
+        assert shapes(decode(genome, space.network)) == shapes(founder.network)
 
 
 def test_without_it_the_space_is_that_of_the_task(tmp_path):
