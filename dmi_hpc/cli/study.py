@@ -33,9 +33,9 @@ def study(
         Path | None, typer.Option(help="folder of the study; default: studies/NAME of the recipe")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="trainings at once")] = 1,
-    baselines: Annotated[
-        bool, typer.Option("--baselines/--no-baselines", help="once at each point")
-    ] = True,
+    no_baselines: Annotated[
+        bool, typer.Option("--no-baselines", help="the network alone; else once at each point")
+    ] = False,
     ensemble: Annotated[
         bool,
         typer.Option("--ensemble", help="keep the networks of each point as one, for dmi predict"),
@@ -57,7 +57,9 @@ def study(
     found = members(recipe, chosen, _seeds(seeds), folder / "runs")
     _require_data(found)
     first = {member.point.name: member for member in reversed(found)}
-    works = [Work(member, baselines and first[member.point.name] is member) for member in found]
+    works = [
+        Work(member, not no_baselines and first[member.point.name] is member) for member in found
+    ]
     with stop_on_signals() as stop, exclusive(folder, "study"):
         outcomes = _trained(works, folder, workers, stop)
         if stop or any(outcome.state == "interrupted" for outcome in outcomes.values()):
